@@ -1,0 +1,1 @@
+"""Routing: hidden states -> expert ids and weights -> dispatch plan -> combine."""
