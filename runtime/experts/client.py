@@ -1,0 +1,47 @@
+"""The router's ends of an expert group: over links to its replicas, or in this process."""
+
+from __future__ import annotations
+
+import asyncio
+
+from torch import Tensor
+
+from ..errors import DeadlineExceededError, LinkProtocolError
+from ..links import LinkPool
+from ..routing.plan import ExpertRows
+from ..tensors import array_to_wire, from_wire, to_wire
+from .group import ExpertGroup
+from .server import METHOD
+
+
+class RemoteGroup:
+    """A group behind a pool of links. Experts hold no state of a request, so a dispatch may be sent again."""
+
+    def __init__(self, pool: LinkPool) -> None:
+        self.pool = pool
+
+    async def run(self, layer: int, rows: ExpertRows, deadline: float) -> Tensor:
+        """See `GroupBackend`."""
+        tensors = [
+            to_wire(rows.hidden),
+            array_to_wire(rows.offsets),
+            array_to_wire(rows.experts),
+            array_to_wire(rows.weights),
+        ]
+        reply = await self.pool.call(METHOD, {"layer": layer}, tensors, deadline)
+        if len(reply.tensors) != 1 or reply.tensors[0].shape != tuple(rows.hidden.shape):
+            raise LinkProtocolError(f"{self.pool.name} answered with other tensors than were asked for")
+        return from_wire(reply.tensors[0], rows.hidden.device)
+
+
+class LocalGroup:
+    """A group in this process, computed where it is called."""
+
+    def __init__(self, group: ExpertGroup) -> None:
+        self.group = group
+
+    async def run(self, layer: int, rows: ExpertRows, deadline: float) -> Tensor:
+        """See `GroupBackend`."""
+        if asyncio.get_running_loop().time() >= deadline:
+            raise DeadlineExceededError("the dispatch came too late")
+        return self.group.forward(layer, rows)

@@ -1,0 +1,155 @@
+"""An expert group: some of a model's experts, for all its MoE layers, and the partial sums they give."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, InvalidTensorError
+from ..model.checkpoint import Checkpoint
+from ..model.layer_model import load_custom_expert
+from ..model.spec import ExpertSpec
+from ..routing.plan import ExpertRows
+from .layers import CustomExperts, GatedExperts, LayerExperts
+
+
+class GroupStatistics(NamedTuple):
+    """Since start: batches, rows and (row, expert) pairs computed, seconds of computing."""
+
+    batches: int
+    rows: int
+    pairs: int
+    busy_s: float
+
+
+class ExpertGroup:
+    """Holds experts and computes. Knows nothing of links or routers; not thread-safe.
+
+    Args:
+        experts: global ids; an expert's place is its local id.
+        layers: MoE layer index -> that layer's experts, in the order of `experts`.
+    """
+
+    def __init__(self, experts: Sequence[int], layers: Mapping[int, LayerExperts], hidden_size: int) -> None:
+        self.experts = tuple(experts)
+        self.layers = dict(layers)
+        self.hidden_size = hidden_size
+        self._batches = self._rows = self._pairs = 0
+        self._busy_s = 0.0
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        spec: ExpertSpec,
+        experts: Sequence[int],
+        dtype: torch.dtype,
+        device: str = "cpu",
+    ) -> ExpertGroup:
+        """Read just these experts' tensors from the checkpoint and find the fastest kernel for them.
+
+        Raises:
+            CheckpointError: a tensor is missing or has the wrong shape.
+        """
+        if unknown := [expert for expert in experts if not 0 <= expert < spec.num_experts]:
+            raise CheckpointError(f"experts {unknown} are not in the model, which has {spec.num_experts}")
+        load = _load_gated if spec.custom_class is None else _load_custom
+        layers = {layer: load(checkpoint, spec, layer, experts, dtype, device) for layer in spec.moe_layers}
+        _calibrate(layers)
+        return cls(experts, layers, spec.hidden_size)
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of expert weights held."""
+        return sum(layer.weights_bytes for layer in self.layers.values())
+
+    def statistics(self) -> GroupStatistics:
+        """See `GroupStatistics`."""
+        return GroupStatistics(self._batches, self._rows, self._pairs, self._busy_s)
+
+    def forward(self, layer: int, rows: ExpertRows) -> Tensor:
+        """The rows' weighted sums over this group's experts: `[rows, hidden]` float32.
+
+        Raises:
+            InvalidTensorError: no such layer, or rows that do not fit this group.
+        """
+        started = time.monotonic()
+        experts = self.layers.get(layer)
+        if experts is None:
+            raise InvalidTensorError(f"layer {layer} has no experts; these have: {sorted(self.layers)}")
+        _check_rows(rows, self.hidden_size, len(self.experts))
+        with torch.inference_mode():
+            partial = _partial_sums(experts, rows, len(self.experts))
+        self._batches += 1
+        self._rows += len(rows.hidden)
+        self._pairs += len(rows.experts)
+        self._busy_s += time.monotonic() - started
+        return partial
+
+
+def _check_rows(rows: ExpertRows, hidden_size: int, num_experts: int) -> None:
+    offsets, experts = rows.offsets, rows.experts
+    fits = (
+        rows.hidden.dim() == 2
+        and rows.hidden.shape[1] == hidden_size
+        and len(offsets) == len(rows.hidden) + 1
+        and len(experts) == len(rows.weights) == offsets[-1]
+        and len(experts) > 0
+        and offsets[0] == 0
+        and bool((np.diff(offsets) >= 0).all())
+        and 0 <= experts.min()
+        and experts.max() < num_experts
+    )
+    if not fits:
+        raise InvalidTensorError(
+            f"rows {tuple(rows.hidden.shape)} with {len(experts)} pairs do not fit a group of {num_experts} experts "
+            f"of hidden size {hidden_size}"
+        )
+
+
+def _partial_sums(layer: LayerExperts, rows: ExpertRows, num_experts: int) -> Tensor:
+    order = np.argsort(rows.experts, kind="stable")
+    tokens = np.repeat(np.arange(len(rows.hidden)), np.diff(rows.offsets))[order]
+    bounds = np.zeros(num_experts + 1, np.int32)
+    np.cumsum(np.bincount(rows.experts, minlength=num_experts), out=bounds[1:])
+    device = rows.hidden.device
+    token_index = torch.from_numpy(tokens).to(device)
+    outputs = layer.forward(rows.hidden.to(layer.dtype).index_select(0, token_index), bounds)
+    weights = torch.from_numpy(rows.weights[order]).to(device)
+    partial = torch.zeros(rows.hidden.shape, dtype=torch.float32, device=device)
+    return partial.index_add_(0, token_index, outputs.float() * weights[:, None])
+
+
+def _load_gated(
+    checkpoint: Checkpoint, spec: ExpertSpec, layer: int, experts: Sequence[int], dtype: torch.dtype, device: str
+) -> LayerExperts:
+    inner, hidden = spec.intermediate_size, spec.hidden_size
+    gate_up = torch.empty(len(experts), 2 * inner, hidden, dtype=dtype, device=device)
+    down = torch.empty(len(experts), hidden, inner, dtype=dtype, device=device)
+    for local, expert in enumerate(experts):
+        names = spec.tensor_names(layer, expert)
+        gate_up[local, :inner] = checkpoint.read(names.gate, dtype, (inner, hidden))
+        gate_up[local, inner:] = checkpoint.read(names.up, dtype, (inner, hidden))
+        down[local] = checkpoint.read(names.down, dtype, (hidden, inner))
+    return GatedExperts(gate_up, down, spec.activation)
+
+
+def _load_custom(
+    checkpoint: Checkpoint, spec: ExpertSpec, layer: int, experts: Sequence[int], dtype: torch.dtype, device: str
+) -> LayerExperts:
+    modules = [load_custom_expert(checkpoint, spec, layer, expert, dtype, device) for expert in experts]
+    return CustomExperts(modules, dtype)
+
+
+def _calibrate(layers: Mapping[int, LayerExperts]) -> None:
+    """Layers of one model have one shape: measure the first, and let the others follow it."""
+    gated = [layer for layer in layers.values() if isinstance(layer, GatedExperts)]
+    for layer in gated[:1]:
+        layer.calibrate()
+    for layer in gated[1:]:
+        layer.grouped_from_pairs = gated[0].grouped_from_pairs

@@ -1,0 +1,147 @@
+"""The experts of one layer that a group holds. A new kind of expert is a new class here.
+
+Every kind takes rows already sorted by expert: `hidden [pairs, hidden]` where local expert e has the rows
+`bounds[e]:bounds[e + 1]`, and returns `[pairs, hidden]`, unweighted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..routing.plan import Int32
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+_CALIBRATION_PAIRS = (1, 8, 64, 512)
+
+
+class LayerExperts(Protocol):
+    """Experts of one layer."""
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of weights held."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What `forward` wants its rows in."""
+        ...
+
+    def forward(self, hidden: Tensor, bounds: Int32) -> Tensor:
+        """See the module."""
+        ...
+
+
+class GatedExperts:
+    """Stacked gated feed-forward experts: `down(activation(gate(x)) * up(x))`.
+
+    Args:
+        gate_up: `[experts, 2 * intermediate, hidden]`, gate rows first.
+        down: `[experts, hidden, intermediate]`.
+    """
+
+    def __init__(self, gate_up: Tensor, down: Tensor, activation: str) -> None:
+        self.gate_up = gate_up
+        self.down = down
+        self._activation = ACTIVATIONS[activation]
+        # On a GPU one grouped kernel beats a launch per expert; only bfloat16 has such a kernel everywhere.
+        grouped = gate_up.is_cuda and gate_up.dtype is torch.bfloat16
+        self.grouped_from_pairs = 0 if grouped else 2**62
+
+    @property
+    def weights_bytes(self) -> int:
+        """See `LayerExperts`."""
+        return self.gate_up.nbytes + self.down.nbytes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See `LayerExperts`."""
+        return self.gate_up.dtype
+
+    def forward(self, hidden: Tensor, bounds: Int32) -> Tensor:
+        """See the module."""
+        if len(hidden) >= self.grouped_from_pairs:
+            return self.forward_grouped(hidden, bounds)
+        return self.forward_loop(hidden, bounds)
+
+    def forward_loop(self, hidden: Tensor, bounds: Int32) -> Tensor:
+        """One pair of GEMMs per expert that has rows."""
+        limits = bounds.tolist()
+        outputs = []
+        for expert in np.flatnonzero(np.diff(bounds)).tolist():
+            projected = F.linear(hidden[limits[expert] : limits[expert + 1]], self.gate_up[expert])
+            gate, up = projected.chunk(2, dim=-1)
+            outputs.append(F.linear(self._activation(gate) * up, self.down[expert]))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def forward_grouped(self, hidden: Tensor, bounds: Int32) -> Tensor:
+        """Two grouped GEMMs over all experts."""
+        ends = torch.from_numpy(bounds[1:]).to(hidden.device)
+        gate, up = F.grouped_mm(hidden, self.gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+        return F.grouped_mm(self._activation(gate) * up, self.down.transpose(1, 2), offs=ends)
+
+    def calibrate(self) -> None:
+        """Find from how many rows on grouped GEMM beats the loop here, and use it from there.
+
+        Only on the CPU, where both give the same bits: two replicas may find different thresholds, and a request
+        that moves from one to the other must not notice.
+        """
+        if self.gate_up.is_cuda:
+            return
+        num_experts, hidden_size = self.down.shape[0], self.down.shape[1]
+        self.grouped_from_pairs = 2**62
+        for pairs in reversed(_CALIBRATION_PAIRS):
+            hidden = torch.zeros(pairs, hidden_size, dtype=self.dtype)
+            bounds = np.linspace(0, pairs, num_experts + 1).astype(np.int32)
+            loop_s = _best_time_s(lambda h=hidden, b=bounds: self.forward_loop(h, b))  # type: ignore[misc]
+            grouped_s = _best_time_s(lambda h=hidden, b=bounds: self.forward_grouped(h, b))  # type: ignore[misc]
+            if grouped_s >= 0.95 * loop_s:
+                return
+            self.grouped_from_pairs = pairs
+
+
+def _best_time_s(function: Callable[[], Tensor]) -> float:
+    times = []
+    for _ in range(4):
+        started = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+class CustomExperts:
+    """Experts that are modules of the user's own: each `[tokens, hidden] -> [tokens, hidden]`."""
+
+    def __init__(self, modules: Sequence[nn.Module], dtype: torch.dtype) -> None:
+        self.modules = list(modules)
+        self._dtype = dtype
+
+    @property
+    def weights_bytes(self) -> int:
+        """See `LayerExperts`."""
+        return sum(p.nbytes for m in self.modules for p in (*m.parameters(), *m.buffers()))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See `LayerExperts`."""
+        return self._dtype
+
+    def forward(self, hidden: Tensor, bounds: Int32) -> Tensor:
+        """See the module."""
+        outputs = [
+            self.modules[expert](hidden[bounds[expert] : bounds[expert + 1]])
+            for expert in np.flatnonzero(np.diff(bounds)).tolist()
+        ]
+        return torch.cat(outputs)

@@ -1,0 +1,56 @@
+"""Where replicas listen. An address is `unix:/path/to.sock` or `tcp:host:port`."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import ConfigurationError
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One replica as discovery describes it.
+
+    Attributes:
+        replica_id: unique among all replicas, also over restarts.
+        node_id: replicas with the same one share a machine, and so can use Unix sockets.
+        info: whatever else the replica tells of itself (experts held, digest, load).
+    """
+
+    replica_id: str
+    node_id: str
+    addresses: tuple[str, ...]
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+def choose_address(endpoint: Endpoint, own_node_id: str) -> str | None:
+    """The best address of `endpoint` from `own_node_id`: a Unix socket on the same node, else TCP."""
+    unix = [a for a in endpoint.addresses if a.startswith("unix:")]
+    if unix and endpoint.node_id == own_node_id:
+        return unix[0]
+    return next((a for a in endpoint.addresses if a.startswith("tcp:")), None)
+
+
+def split_tcp(address: str) -> tuple[str, int]:
+    """`tcp:host:port` -> (host, port).
+
+    Raises:
+        ConfigurationError: not such an address.
+    """
+    host, _, port = address.removeprefix("tcp:").rpartition(":")
+    if not address.startswith("tcp:") or not host or not port.isdigit():
+        raise ConfigurationError(f"address {address!r} is not of the form tcp:host:port")
+    return host, int(port)
+
+
+def new_unix_address(names: Sequence[str] = ("pimoe",)) -> str:
+    """A Unix address in a fresh directory that only this user can enter.
+
+    The path is short on purpose: the kernel allows 107 bytes.
+    """
+    folder = tempfile.mkdtemp(prefix="pimoe-")  # mode 0700
+    return "unix:" + os.path.join(folder, "-".join(names)[:40] + ".sock")

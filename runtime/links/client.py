@@ -1,0 +1,263 @@
+"""The calling end of one link: any number of calls and streams at once over one socket."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl as tls
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from ..errors import (
+    DeadlineExceededError,
+    LinkAuthenticationError,
+    LinkClosedError,
+    LinkError,
+    LinkProtocolError,
+    OverloadedError,
+    UnavailableError,
+    from_wire,
+)
+from ..requests import TensorData
+from .addresses import split_tcp
+from .authentication import new_nonce, prove, verify
+from .connection import LinkConnection, LinkLimits
+from .frames import Frame, Kind
+from .messages import Reply
+
+_STREAM_IDS = 2**32
+
+
+class LinkClient:
+    """Made by `connect`. Every call has a deadline, sent as remaining time and enforced on this end too.
+
+    Attributes:
+        credits: how many calls the server lets this client keep in flight (None: no limit). Holding to it is
+            the caller's part (`LinkPool` does), since only the caller can choose another replica instead.
+        draining: the server asked for new calls to go elsewhere.
+    """
+
+    def __init__(self, address: str, secret: bytes, limits: LinkLimits | None = None) -> None:
+        self.address = address
+        self.credits: int | None = None
+        self.draining = False
+        self.on_closed: Callable[[], None] = lambda: None
+        self.on_credits: Callable[[], None] = lambda: None
+        self._secret = secret
+        self._limits = limits or LinkLimits()
+        self._loop = asyncio.get_running_loop()
+        self._nonce = new_nonce()
+        self._server_nonce: bytes | None = None
+        self._welcomed: asyncio.Future[None] = self._loop.create_future()
+        self._calls: dict[int, asyncio.Future[Reply]] = {}
+        self._streams: dict[int, asyncio.Queue[Reply | Exception | None]] = {}
+        self._next_stream = 1
+        self._ping_timer: asyncio.TimerHandle | None = None
+        self._silent_since = self._loop.time()
+        self._frames_seen = 0
+        self._connection = LinkConnection(self._limits, lambda _: None, self._received, self._lost)
+
+    @classmethod
+    async def connect(
+        cls,
+        address: str,
+        secret: bytes,
+        limits: LinkLimits | None = None,
+        ssl: tls.SSLContext | None = None,
+    ) -> LinkClient:
+        """Connect and authenticate, both ways.
+
+        Raises:
+            LinkClosedError: nothing listens there, or it hung up.
+            LinkAuthenticationError: one end does not know the other's secret.
+        """
+        client = cls(address, secret, limits)
+        try:
+            async with asyncio.timeout(client._limits.handshake_timeout_s):
+                await client._open(ssl)
+                await client._welcomed
+        except (OSError, TimeoutError) as error:
+            client._connection.abort()
+            reason = str(error) or "no answer within the handshake's time"
+            raise LinkClosedError(f"cannot connect to {address}: {reason}") from error
+        except BaseException:
+            client._connection.abort()
+            raise
+        client._schedule_ping()
+        return client
+
+    async def _open(self, ssl: tls.SSLContext | None) -> None:
+        if self.address.startswith("unix:"):
+            await self._loop.create_unix_connection(lambda: self._connection, self.address.removeprefix("unix:"))
+        else:
+            host, port = split_tcp(self.address)
+            await self._loop.create_connection(lambda: self._connection, host, port, ssl=ssl)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the socket is gone."""
+        return self._connection.closed
+
+    @property
+    def in_flight(self) -> int:
+        """Calls and streams that were not answered yet."""
+        return len(self._calls) + len(self._streams)
+
+    async def call(
+        self, method: str, meta: dict[str, Any], tensors: Sequence[TensorData], timeout_s: float
+    ) -> Reply:
+        """One request, one answer.
+
+        Raises:
+            DeadlineExceededError: no answer within `timeout_s`; the server is told to cancel.
+            LinkClosedError: the link broke before the answer, which the server may or may not have computed.
+            PimoeError: whatever the handler raised.
+        """
+        if timeout_s <= 0:
+            raise DeadlineExceededError("no time is left for the call")
+        await self._connection.drain()
+        stream = self._new_stream()
+        answer = self._calls[stream] = self._loop.create_future()
+        timer = self._loop.call_later(timeout_s, self._expire, answer, method)
+        try:
+            self._connection.send(Kind.REQUEST, stream, {"m": method, "s": timeout_s, "h": meta}, tensors)
+            return await answer
+        finally:
+            timer.cancel()
+            if self._calls.pop(stream, None) is not None:
+                self._cancel(stream)
+
+    async def stream(
+        self, method: str, meta: dict[str, Any], tensors: Sequence[TensorData], timeout_s: float
+    ) -> AsyncIterator[Reply]:
+        """One request, a stream of answers. Closing the iterator cancels it on the server.
+
+        Raises: as `call`.
+        """
+        await self._connection.drain()
+        stream = self._new_stream()
+        items: asyncio.Queue[Reply | Exception | None] = asyncio.Queue(self._limits.max_stream_items)
+        self._streams[stream] = items
+        try:
+            self._connection.send(Kind.REQUEST, stream, {"m": method, "s": timeout_s, "h": meta}, tensors)
+            async with asyncio.timeout(timeout_s):
+                while (item := await items.get()) is not None:
+                    if isinstance(item, Exception):
+                        raise item
+                    yield item
+        except TimeoutError:
+            raise DeadlineExceededError(f"{method} did not end within its time") from None
+        finally:
+            if self._streams.pop(stream, None) is not None:
+                self._cancel(stream)
+
+    async def close(self) -> None:
+        """Close the link; calls in flight fail with `LinkClosedError`."""
+        self._connection.abort()
+        await asyncio.sleep(0)
+
+    def _new_stream(self) -> int:
+        if self.draining:
+            raise UnavailableError("the replica is draining")
+        stream = self._next_stream
+        self._next_stream = self._next_stream % (_STREAM_IDS - 1) + 1
+        return stream
+
+    def _expire(self, answer: asyncio.Future[Reply], method: str) -> None:
+        if not answer.done():
+            answer.set_exception(DeadlineExceededError(f"{method} was not answered within its time"))
+
+    def _cancel(self, stream: int) -> None:
+        if not self.closed:
+            self._connection.send(Kind.CANCEL, stream)
+
+    def _received(self, frame: Frame) -> None:
+        kind, stream = frame.kind, frame.stream
+        if kind is Kind.RESPONSE or kind is Kind.ERROR:
+            self._answered(stream, frame)
+        elif kind is Kind.ITEM:
+            self._item(stream, Reply(frame.header.get("h") or {}, frame.tensors))
+        elif kind is Kind.HELLO:
+            self._prove(frame)
+        elif kind is Kind.WELCOME:
+            self._welcome(frame)
+        elif kind is Kind.CREDIT:
+            self.credits = frame.header.get("credits")
+            self.on_credits()
+        elif kind is Kind.GOAWAY:
+            self.draining = True
+            self.on_credits()
+        elif kind is not Kind.PONG:
+            raise LinkProtocolError(f"a server must not send {kind.name}")
+
+    def _answered(self, stream: int, frame: Frame) -> None:
+        error = from_wire(frame.header) if frame.kind is Kind.ERROR else None
+        if (answer := self._calls.pop(stream, None)) is not None:
+            if answer.done():
+                return
+            if error is not None:
+                answer.set_exception(error)
+            else:
+                answer.set_result(Reply(frame.header.get("h") or {}, frame.tensors))
+        elif (items := self._streams.pop(stream, None)) is not None:
+            items.put_nowait(error)  # the last place is kept free for it
+
+    def _item(self, stream: int, reply: Reply) -> None:
+        if (items := self._streams.get(stream)) is None:
+            return  # cancelled here; what was under way still arrives
+        if items.qsize() >= self._limits.max_stream_items - 1:
+            # One reader that stalls must not stop the others on this socket: its stream ends.
+            items.put_nowait(OverloadedError("the reader of a stream fell too far behind"))
+            del self._streams[stream]
+            self._cancel(stream)
+        else:
+            items.put_nowait(reply)
+
+    def _prove(self, frame: Frame) -> None:
+        server_nonce = frame.header.get("nonce")
+        if not isinstance(server_nonce, bytes):
+            raise LinkProtocolError("the server's greeting has no nonce")
+        self._server_nonce = server_nonce
+        proof = prove(self._secret, b"client", self._nonce, server_nonce)
+        self._connection.send(Kind.PROOF, 0, {"nonce": self._nonce, "proof": proof})
+
+    def _welcome(self, frame: Frame) -> None:
+        proof = frame.header.get("proof")
+        nonce = self._server_nonce
+        if nonce is None or not verify(self._secret, b"server", nonce, self._nonce, proof):
+            raise LinkAuthenticationError(f"{self.address} did not prove the link secret")
+        self.credits = frame.header.get("credits")
+        self._connection.lift_limits()
+        if not self._welcomed.done():
+            self._welcomed.set_result(None)
+
+    def _lost(self, error: LinkError | None) -> None:
+        if self._ping_timer is not None:
+            self._ping_timer.cancel()
+        reason: LinkError = error or LinkClosedError(f"the link to {self.address} was closed by the other end")
+        if not self._welcomed.done():
+            if self._server_nonce is not None and not isinstance(error, LinkAuthenticationError):
+                reason = LinkAuthenticationError(f"{self.address} hung up at our proof: another link secret?")
+            self._welcomed.set_exception(reason)
+        for answer in list(self._calls.values()):
+            if not answer.done():
+                answer.set_exception(reason)
+        for items in list(self._streams.values()):
+            items.put_nowait(reason)
+        self._calls.clear()
+        self._streams.clear()
+        self.on_closed()
+
+    def _schedule_ping(self) -> None:
+        self._ping_timer = self._loop.call_later(self._limits.ping_interval_s, self._ping)
+
+    def _ping(self) -> None:
+        now = self._loop.time()
+        if self._connection.received_frames != self._frames_seen:
+            self._frames_seen = self._connection.received_frames
+            self._silent_since = now
+        if now - self._silent_since > self._limits.ping_timeout_s:
+            self._connection.abort(LinkClosedError(f"{self.address} has been silent for too long"))
+            return
+        if not self.closed:
+            self._connection.send(Kind.PING, 0)
+        self._schedule_ping()

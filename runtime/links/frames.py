@@ -1,0 +1,239 @@
+"""The link's frame format, without I/O.
+
+    offset  bytes  field
+    0       4      magic "PMOE"
+    4       1      version
+    5       1      kind
+    6       2      padding bytes at the header's end
+    8       4      stream id
+    12      4      header length, the padding after the header included
+    16      8      body length
+    24             header: a msgpack map, then zero padding that aligns the body to 64 bytes
+    ...            body: the raw tensor buffers, each padded to a multiple of 64
+
+The header's key "t" lists the body's tensors as `[dtype, shape]`; their lengths follow from those. Received
+bodies get memory of their own, so that tensors are views of it and are never copied. Lengths are checked before
+anything is allocated; msgpack extension types are refused, and nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from ..errors import LinkProtocolError
+from ..requests import DTYPE_BYTES, TensorData
+
+MAGIC = b"PMOE"
+VERSION = 1
+PREFIX = struct.Struct("<4sBBHIIQ")
+ALIGNMENT = 64  # a cache line: what vectorised kernels like their inputs aligned to
+_RECEIVE_BYTES = 64 * 1024
+_ZEROS = bytes(ALIGNMENT)
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Kind(IntEnum):
+    """What a frame is for."""
+
+    HELLO = 1  # server's challenge
+    PROOF = 2  # client's answer and its own challenge
+    WELCOME = 3  # server's answer; the link is open
+    REQUEST = 4
+    ITEM = 5  # one item of a streamed answer
+    RESPONSE = 6  # the answer, or the end of a streamed one
+    ERROR = 7
+    CANCEL = 8
+    CREDIT = 9  # how many calls the server lets the client keep in flight
+    PING = 10
+    PONG = 11
+    GOAWAY = 12  # the server drains: no new calls
+
+
+@dataclass(slots=True)
+class Frame:
+    """One frame; `tensors` are views of the frame's own memory."""
+
+    kind: Kind
+    stream: int
+    header: dict[str, Any]
+    tensors: list[TensorData]
+
+
+def _padding(length: int) -> int:
+    return -length % ALIGNMENT
+
+
+def encode_frame(
+    kind: Kind, stream: int, header: dict[str, Any] | None = None, tensors: Sequence[TensorData] = ()
+) -> list[Buffer]:
+    """The frame as buffers to be written one after the other; tensor bytes are not copied.
+
+    Raises:
+        LinkProtocolError: a tensor's byte length is not that of its dtype and shape.
+    """
+    fields = dict(header) if header else {}
+    body: list[Buffer] = []
+    body_bytes = 0
+    if tensors:
+        fields["t"] = [(tensor.dtype, tensor.shape) for tensor in tensors]
+        for tensor in tensors:
+            size = _tensor_bytes(tensor.dtype, tensor.shape)
+            if size != tensor.nbytes:
+                raise LinkProtocolError(f"tensor {tensor.dtype}{tensor.shape} needs {size} B, has {tensor.nbytes}")
+            body.append(tensor.data)
+            if padding := _padding(size):
+                body.append(_ZEROS[:padding])
+            body_bytes += size + padding
+    packed = msgpack.packb(fields) if fields else b""
+    padding = _padding(PREFIX.size + len(packed)) if body else 0
+    prefix = PREFIX.pack(MAGIC, VERSION, kind, padding, stream, len(packed) + padding, body_bytes)
+    return [prefix + packed + _ZEROS[:padding], *body]
+
+
+def _tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
+    return DTYPE_BYTES[dtype] * math.prod(shape)
+
+
+def _unpack(data: memoryview) -> dict[str, Any]:
+    if not len(data):
+        return {}
+    try:
+        header = msgpack.unpackb(data, ext_hook=_refuse_extension, strict_map_key=True)
+    except LinkProtocolError:
+        raise
+    except Exception as error:  # msgpack raises a dozen types; all of them mean the same to us
+        raise LinkProtocolError(f"frame header is not msgpack: {type(error).__name__}") from error
+    if not isinstance(header, dict):
+        raise LinkProtocolError(f"frame header is {type(header).__name__}, not a map")
+    return header
+
+
+def _refuse_extension(code: int, data: bytes) -> None:
+    raise LinkProtocolError(f"msgpack extension type {code} refused")
+
+
+def _slice_tensors(described: Any, body: memoryview) -> list[TensorData]:
+    tensors: list[TensorData] = []
+    offset = 0
+    try:
+        for dtype, shape in described:
+            size = _tensor_bytes(dtype, shape)
+            if size < 0 or offset + size > len(body) or any(n < 0 for n in shape):
+                raise LinkProtocolError(f"tensor {dtype}{shape} does not fit the frame's body")
+            tensors.append(TensorData(dtype, tuple(shape), body[offset : offset + size]))
+            offset += size + _padding(size)
+    except (TypeError, ValueError, KeyError) as error:
+        raise LinkProtocolError(f"bad tensor description {described!r:.200}") from error
+    return tensors
+
+
+class FrameReader:
+    """Turns received bytes into frames. The protocol asks `get_buffer` where the next bytes go.
+
+    Small frames are parsed out of one reused receive buffer; a body that has not arrived whole gets memory of
+    its own, and the rest of it is received straight into that.
+
+    Args:
+        max_header_bytes, max_body_bytes: longer frames raise before anything is allocated. Both may be raised
+            later (a link starts with small limits until its peer is authenticated).
+    """
+
+    def __init__(self, max_header_bytes: int, max_body_bytes: int) -> None:
+        self.max_header_bytes = max_header_bytes
+        self.max_body_bytes = max_body_bytes
+        self._buffer = bytearray(_RECEIVE_BYTES)
+        self._view = memoryview(self._buffer)
+        self._filled = 0
+        self._body: memoryview | None = None
+        self._body_filled = 0
+        self._pending: tuple[Kind, int, dict[str, Any]] | None = None
+
+    def get_buffer(self) -> memoryview:
+        """Where the next received bytes belong; never empty."""
+        if self._body is not None:
+            return self._body[self._body_filled :]
+        return self._view[self._filled :]
+
+    def buffer_updated(self, count: int) -> list[Frame]:
+        """`count` bytes were received into the last `get_buffer`; the frames that are now whole.
+
+        Raises:
+            LinkProtocolError: the bytes are no frame, or one over the limits. The reader is then unusable.
+        """
+        if self._body is not None:
+            self._body_filled += count
+            return [self._finish_body()] if self._body_filled == len(self._body) else []
+        self._filled += count
+        frames: list[Frame] = []
+        start = 0
+        while (end := self._parse_one(start, frames)) is not None:
+            start = end
+        self._compact(start)
+        return frames
+
+    def _parse_one(self, start: int, frames: list[Frame]) -> int | None:
+        """Parse the frame at `start`; the offset after what was consumed, or None when more bytes are needed."""
+        available = self._filled - start
+        if self._body is not None or available < PREFIX.size:
+            return None
+        kind, stream, padding, header_bytes, body_bytes = self._read_prefix(start)
+        head = PREFIX.size + header_bytes
+        if available < head:
+            self._ensure_room(start, head)
+            return None
+        header = _unpack(self._view[start + PREFIX.size : start + head - padding])
+        if not body_bytes:
+            frames.append(Frame(kind, stream, header, []))
+            return start + head
+        body = np.empty(body_bytes, np.uint8).data  # np.empty: no zeroing, aligned
+        present = min(available - head, body_bytes)
+        body[:present] = self._view[start + head : start + head + present]
+        self._pending, self._body, self._body_filled = (kind, stream, header), body, present
+        if present == body_bytes:
+            frames.append(self._finish_body())
+        return start + head + present
+
+    def _read_prefix(self, start: int) -> tuple[Kind, int, int, int, int]:
+        magic, version, kind, padding, stream, header_bytes, body_bytes = PREFIX.unpack_from(self._view, start)
+        if magic != MAGIC or version != VERSION or padding > header_bytes:
+            raise LinkProtocolError("peer does not speak this version of the pimoe link protocol")
+        if header_bytes > self.max_header_bytes or body_bytes > self.max_body_bytes:
+            raise LinkProtocolError(f"frame of {header_bytes} + {body_bytes} bytes is over the link's limits")
+        try:
+            return Kind(kind), stream, padding, header_bytes, body_bytes
+        except ValueError:
+            raise LinkProtocolError(f"unknown frame kind {kind}") from None
+
+    def _finish_body(self) -> Frame:
+        assert self._pending is not None
+        assert self._body is not None
+        kind, stream, header = self._pending
+        frame = Frame(kind, stream, header, _slice_tensors(header.get("t", ()), self._body))
+        self._pending, self._body, self._body_filled = None, None, 0
+        return frame
+
+    def _ensure_room(self, start: int, needed: int) -> None:
+        """Grow the receive buffer for a header that is longer than it (bounded by `max_header_bytes`)."""
+        if needed > len(self._buffer):
+            grown = bytearray(needed + _RECEIVE_BYTES)
+            grown[: self._filled] = self._view[: self._filled]
+            self._buffer, self._view = grown, memoryview(grown)
+
+    def _compact(self, start: int) -> None:
+        if start == 0:
+            return
+        left = self._filled - start
+        self._view[:left] = self._view[start : self._filled]
+        self._filled = left
+        if not left and len(self._buffer) > _RECEIVE_BYTES:  # one long header must not hold its memory for ever
+            self._buffer = bytearray(_RECEIVE_BYTES)
+            self._view = memoryview(self._buffer)

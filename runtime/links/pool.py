@@ -1,0 +1,227 @@
+"""A client's links to all replicas of one deployment: discovery, credits, choice of replica, failover."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import ssl as tls
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, NamedTuple
+
+from ..errors import DeadlineExceededError, LinkError, PimoeError, UnavailableError
+from ..requests import TensorData
+from .addresses import Endpoint, choose_address
+from .client import LinkClient
+from .connection import LinkLimits
+from .messages import Reply
+
+_log = logging.getLogger(__name__)
+
+Discover = Callable[[], Awaitable[Sequence[Endpoint]]]
+
+
+class PoolStatistics(NamedTuple):
+    """Replicas with an open link, calls in flight on them, and calls sent again since start."""
+
+    replicas: int
+    in_flight: int
+    resent: int
+
+
+class PooledLink:
+    """A link and the replica behind it."""
+
+    def __init__(self, endpoint: Endpoint, client: LinkClient) -> None:
+        self.endpoint = endpoint
+        self.client = client
+        self.in_flight = 0
+
+    @property
+    def available(self) -> bool:
+        """Whether one more call may be sent now."""
+        client = self.client
+        usable = not client.closed and not client.draining
+        return usable and (client.credits is None or self.in_flight < client.credits)
+
+
+class LinkPool:
+    """Keeps one link to every replica that `discover` names: asks about once a second, and at once when a link
+    breaks, so that a dead replica's work moves to a sibling immediately and to its successor once that is up.
+
+    Args:
+        name: what the replicas are, for messages.
+        discover: returns the live replicas; may fail, and is then asked again.
+        refresh_s: seconds between two rounds of discovery.
+        attempt_timeout_s: after so long without an answer a call is sent to another replica.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        discover: Discover,
+        secret: bytes,
+        node_id: str,
+        limits: LinkLimits | None = None,
+        refresh_s: float = 1.0,
+        attempt_timeout_s: float = 30.0,
+        ssl: tls.SSLContext | None = None,
+    ) -> None:
+        self.name = name
+        self.endpoints: dict[str, Endpoint] = {}
+        self.links: dict[str, PooledLink] = {}
+        self.resent = 0
+        self.on_change: Callable[[], None] = lambda: None
+        self._discover = discover
+        self._secret, self._node_id, self._limits, self._ssl = secret, node_id, limits or LinkLimits(), ssl
+        self._refresh_s, self._attempt_timeout_s = refresh_s, attempt_timeout_s
+        self._changed = asyncio.Event()
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Discover once and connect; then keep doing so in the background."""
+        await self._refresh()
+        self._task = asyncio.create_task(self._keep_refreshing(), name=f"pool {self.name}")
+
+    async def close(self) -> None:
+        """Stop and close every link."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        for link in list(self.links.values()):
+            await link.client.close()
+        self.links.clear()
+
+    def statistics(self) -> PoolStatistics:
+        """See `PoolStatistics`."""
+        links = self.links.values()
+        return PoolStatistics(len(links), sum(link.in_flight for link in links), self.resent)
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Wait until at least one replica is linked.
+
+        Raises:
+            UnavailableError: none within `timeout_s`.
+        """
+        async with self.acquire(asyncio.get_running_loop().time() + timeout_s):
+            pass
+
+    @contextlib.asynccontextmanager
+    async def acquire(self, deadline: float) -> AsyncIterator[PooledLink]:
+        """Hold one credit of the least busy replica, waiting for one until `deadline` (`loop.time()`).
+
+        Raises:
+            UnavailableError: no replica lives.
+            DeadlineExceededError: replicas live, but none had a credit in time.
+        """
+        link = await self._choose(deadline)
+        link.in_flight += 1
+        try:
+            yield link
+        finally:
+            link.in_flight -= 1
+            self._notify()
+
+    async def call(
+        self, method: str, meta: dict[str, Any], tensors: Sequence[TensorData], deadline: float
+    ) -> Reply:
+        """Call any replica; when it dies or stays silent, call another, until `deadline` (`loop.time()`).
+
+        Only for work that may be done twice.
+
+        Raises:
+            UnavailableError: no replica lived until the deadline.
+            DeadlineExceededError: the time ran out with a replica at work.
+            PimoeError: what the handler raised.
+        """
+        loop = asyncio.get_running_loop()
+        while True:
+            async with self.acquire(deadline) as link:
+                remaining_s = deadline - loop.time()
+                attempt_s = min(remaining_s, self._attempt_timeout_s)
+                try:
+                    return await link.client.call(method, meta, tensors, attempt_s)
+                except LinkError as error:
+                    self.resent += 1
+                    _log.warning("%s: replica %s lost (%s)", self.name, link.endpoint.replica_id, error)
+                    self.forget(link)
+                except DeadlineExceededError:
+                    if attempt_s >= remaining_s or deadline <= loop.time():
+                        raise
+                    self.resent += 1
+                    _log.warning("%s: replica %s is silent", self.name, link.endpoint.replica_id)
+
+    def forget(self, link: PooledLink) -> None:
+        """Give up a broken link and look for replicas at once."""
+        if self.links.get(link.endpoint.replica_id) is link:
+            del self.links[link.endpoint.replica_id]
+        self._wake.set()
+        self._notify()
+
+    async def _choose(self, deadline: float) -> PooledLink:
+        loop = asyncio.get_running_loop()
+        while True:
+            available = [link for link in self.links.values() if link.available]
+            if available:
+                return min(available, key=lambda link: link.in_flight)
+            self._changed.clear()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await self._changed.wait()
+            except TimeoutError:
+                if self.links:
+                    raise DeadlineExceededError(f"{self.name}: no replica was free in time") from None
+                message = f"{self.name}: no live replica"
+                raise UnavailableError(message, retry_after_s=2 * self._refresh_s) from None
+            if loop.time() >= deadline:
+                raise DeadlineExceededError(f"{self.name}: the time ran out")
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self.on_change()
+
+    async def _keep_refreshing(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._refresh_s):
+                    await self._wake.wait()
+            woken = self._wake.is_set()
+            self._wake.clear()
+            await self._refresh()
+            if woken:
+                # After a death discovery may name the dead for an instant: do not spin on it.
+                await asyncio.sleep(min(0.1, self._refresh_s))
+
+    async def _refresh(self) -> None:
+        try:
+            async with asyncio.timeout(max(5.0, 5 * self._refresh_s)):
+                endpoints = {endpoint.replica_id: endpoint for endpoint in await self._discover()}
+        except Exception as error:  # discovery crosses processes and may fail in any way; links live on
+            _log.info("%s: discovery failed, asking again: %s", self.name, error)
+            return
+        self.endpoints = endpoints
+        for replica_id, link in list(self.links.items()):
+            if link.client.closed or (replica_id not in endpoints and not link.in_flight):
+                await link.client.close()
+                self.links.pop(replica_id, None)
+            elif replica_id in endpoints:
+                link.endpoint = endpoints[replica_id]
+        missing = [endpoint for key, endpoint in endpoints.items() if key not in self.links]
+        await asyncio.gather(*(self._connect(endpoint) for endpoint in missing))
+
+    async def _connect(self, endpoint: Endpoint) -> None:
+        address = choose_address(endpoint, self._node_id)
+        if address is None:
+            _log.warning("%s: replica %s has no address reachable from here", self.name, endpoint.replica_id)
+            return
+        try:
+            client = await LinkClient.connect(address, self._secret, self._limits, self._ssl)
+        except PimoeError as error:
+            _log.warning("%s: cannot link to replica %s: %s", self.name, endpoint.replica_id, error)
+            return
+        link = self.links[endpoint.replica_id] = PooledLink(endpoint, client)
+        client.on_closed = lambda: self.forget(link)
+        client.on_credits = self._notify
+        self._notify()

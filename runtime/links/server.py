@@ -1,0 +1,244 @@
+"""The serving end of links: authenticates peers and hands their calls to one handler."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import ssl as tls
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, NamedTuple
+
+from ..errors import (
+    DeadlineExceededError,
+    LinkAuthenticationError,
+    LinkClosedError,
+    LinkError,
+    LinkProtocolError,
+    OverloadedError,
+    PimoeError,
+    RequestCancelledError,
+)
+from ..requests import TensorData
+from .authentication import new_nonce, prove, verify
+from .connection import LinkConnection, LinkLimits
+from .frames import Frame, Kind
+from .messages import Call, Handler, Reply
+
+_log = logging.getLogger(__name__)
+
+
+class LinkServerStatistics(NamedTuple):
+    """Counts since start, and what is open now."""
+
+    connections: int
+    streams: int
+    calls: int
+    errors: int
+    rejected_peers: int
+
+
+class LinkServer:
+    """Listens on any number of addresses; every authenticated peer's calls go to `handler`.
+
+    Args:
+        handler: answers a call at once, as an awaitable, or as an async iterator of items.
+        secret: the application's link secret.
+        credits: how many calls each client may keep in flight (None: no limit but `limits.max_streams`).
+    """
+
+    def __init__(
+        self, handler: Handler, secret: bytes, limits: LinkLimits | None = None, credits: int | None = None
+    ) -> None:
+        self.handler = handler
+        self.secret = secret
+        self.limits = limits or LinkLimits()
+        self.credits = credits
+        self.addresses: list[str] = []
+        self.calls = self.errors = self.rejected_peers = 0
+        self._servers: list[asyncio.Server] = []
+        self._peers: set[_Peer] = set()
+
+    async def listen_unix(self, address: str) -> str:
+        """Listen on `unix:/path`, readable by this user only."""
+        path = address.removeprefix("unix:")
+        loop = asyncio.get_running_loop()
+        self._servers.append(await loop.create_unix_server(self._new_peer, path))
+        os.chmod(path, 0o600)
+        self.addresses.append(address)
+        return address
+
+    async def listen_tcp(self, host: str, port: int = 0, ssl: tls.SSLContext | None = None) -> str:
+        """Listen on TCP (port 0: any free one); the address with the port that was given."""
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(self._new_peer, host, port, ssl=ssl)
+        self._servers.append(server)
+        address = f"tcp:{host}:{server.sockets[0].getsockname()[1]}"
+        self.addresses.append(address)
+        return address
+
+    def _new_peer(self) -> LinkConnection:
+        return _Peer(self, self._peers).connection
+
+    def statistics(self) -> LinkServerStatistics:
+        """See `LinkServerStatistics`."""
+        streams = sum(len(peer.tasks) for peer in self._peers)
+        return LinkServerStatistics(len(self._peers), streams, self.calls, self.errors, self.rejected_peers)
+
+    def drain(self) -> None:
+        """Tell every peer to send new calls elsewhere; those in flight go on."""
+        for peer in self._peers:
+            if peer.authenticated:
+                peer.send(Kind.GOAWAY, 0)
+
+    async def close(self) -> None:
+        """Stop listening, cancel what runs, close every link, remove the Unix sockets."""
+        for server in self._servers:
+            server.close()
+        for peer in list(self._peers):
+            peer.connection.abort()
+        for address in self.addresses:
+            if address.startswith("unix:"):
+                _remove_socket(address.removeprefix("unix:"))
+        await asyncio.sleep(0)  # let the transports report their end
+
+
+def _remove_socket(path: str) -> None:
+    try:
+        os.unlink(path)
+        os.rmdir(os.path.dirname(path))
+    except OSError:
+        pass  # already gone, or a directory that others use too
+
+
+class _Peer:
+    """One client of the server: handshake, then calls."""
+
+    def __init__(self, server: LinkServer, peers: set[_Peer]) -> None:
+        self.server = server
+        self.peers = peers
+        self.authenticated = False
+        self.tasks: dict[int, asyncio.Task[None]] = {}
+        self.nonce = new_nonce()
+        self.loop = asyncio.get_running_loop()
+        self.handshake_timer: asyncio.TimerHandle | None = None
+        self.connection = LinkConnection(server.limits, self._opened, self._received, self._closed)
+
+    def send(
+        self,
+        kind: Kind,
+        stream: int,
+        header: dict[str, Any] | None = None,
+        tensors: Sequence[TensorData] = (),
+    ) -> None:
+        """Send, unless the peer is gone; then nobody is left to be told."""
+        if not self.connection.closed:
+            self.connection.send(kind, stream, header, tensors)
+
+    def _opened(self, connection: LinkConnection) -> None:
+        self.peers.add(self)
+        if len(self.peers) > self.server.limits.max_connections:
+            connection.abort(LinkProtocolError("too many connections"))
+            return
+        self.handshake_timer = self.loop.call_later(
+            self.server.limits.handshake_timeout_s,
+            connection.abort,
+            LinkAuthenticationError("handshake timed out"),
+        )
+        connection.send(Kind.HELLO, 0, {"nonce": self.nonce})
+
+    def _closed(self, error: LinkError | None) -> None:
+        self.peers.discard(self)
+        if self.handshake_timer is not None:
+            self.handshake_timer.cancel()
+        if not self.authenticated:
+            self.server.rejected_peers += 1
+        for task in self.tasks.values():
+            task.cancel()
+
+    def _received(self, frame: Frame) -> None:
+        if not self.authenticated:
+            self._authenticate(frame)
+        elif frame.kind is Kind.REQUEST:
+            self._start(frame)
+        elif frame.kind is Kind.CANCEL:
+            if (task := self.tasks.get(frame.stream)) is not None:
+                task.cancel()
+        elif frame.kind is Kind.PING:
+            self.send(Kind.PONG, frame.stream)
+        else:
+            raise LinkProtocolError(f"a client must not send {frame.kind.name}")
+
+    def _authenticate(self, frame: Frame) -> None:
+        peer_nonce = frame.header.get("nonce")
+        secret = self.server.secret
+        proof = frame.header.get("proof")
+        if (
+            frame.kind is not Kind.PROOF
+            or not isinstance(peer_nonce, bytes)
+            or not verify(secret, b"client", peer_nonce, self.nonce, proof)
+        ):
+            raise LinkAuthenticationError("peer did not prove the link secret")
+        self.authenticated = True
+        self.connection.lift_limits()
+        if self.handshake_timer is not None:
+            self.handshake_timer.cancel()
+        own_proof = prove(secret, b"server", self.nonce, peer_nonce)
+        self.connection.send(Kind.WELCOME, 0, {"proof": own_proof, "credits": self.server.credits})
+
+    def _start(self, frame: Frame) -> None:
+        stream, header = frame.stream, frame.header
+        if stream in self.tasks:
+            raise LinkProtocolError(f"stream {stream} is already open")
+        self.server.calls += 1
+        call = Call(header["m"], header.get("h") or {}, frame.tensors, self.loop.time() + float(header["s"]))
+        if len(self.tasks) >= self.server.limits.max_streams:
+            self._fail(stream, OverloadedError("too many calls in flight on this link", retry_after_s=1.0))
+            return
+        try:
+            answer = self.server.handler(call)
+        except Exception as error:  # whatever a handler raises is the call's outcome, never the link's
+            self._fail(stream, error)
+            return
+        if isinstance(answer, Reply):
+            self.send(Kind.RESPONSE, stream, {"h": answer.meta}, answer.tensors)
+            return
+        task = self.loop.create_task(self._finish(stream, call, answer))
+        self.tasks[stream] = task
+        task.add_done_callback(lambda _: self.tasks.pop(stream, None))
+
+    async def _finish(self, stream: int, call: Call, answer: Any) -> None:
+        try:
+            async with asyncio.timeout_at(call.deadline):
+                if isinstance(answer, AsyncIterator):
+                    reply = await self._send_items(stream, answer)
+                else:
+                    reply = await answer
+            self.send(Kind.RESPONSE, stream, {"h": reply.meta}, reply.tensors)
+        except TimeoutError:
+            self._fail(stream, DeadlineExceededError("the call's time ran out"))
+        except LinkClosedError:
+            pass  # the peer left while its items were sent
+        except asyncio.CancelledError:
+            self._fail(stream, RequestCancelledError("the call was cancelled"))
+            raise
+        except Exception as error:  # as in `_start`
+            self._fail(stream, error)
+
+    async def _send_items(self, stream: int, items: AsyncIterator[Reply]) -> Reply:
+        try:
+            async for item in items:
+                self.send(Kind.ITEM, stream, {"h": item.meta}, item.tensors)
+                await self.connection.drain()
+        finally:
+            # A cancelled call must close its generator now, not when the garbage collector comes by.
+            if (aclose := getattr(items, "aclose", None)) is not None:
+                await aclose()
+        return Reply()
+
+    def _fail(self, stream: int, error: Exception) -> None:
+        self.server.errors += 1
+        if not isinstance(error, PimoeError):
+            _log.error("a link call failed", exc_info=error)
+            error = PimoeError(f"internal error: {type(error).__name__}")
+        self.send(Kind.ERROR, stream, error.to_wire())
