@@ -175,7 +175,8 @@ class ModelInfo:
     def from_wire(cls, wire: dict[str, Any]) -> ModelInfo:
         """The description that `to_wire` gave."""
         lists = ("moe_layers", "eos_token_ids")
-        return cls(**{key: tuple(value) if key in lists else value for key, value in wire.items()})
+        fields: dict[str, Any] = {key: tuple(value) if key in lists else value for key, value in wire.items()}
+        return cls(**fields)
 
 
 class Backend(Protocol):

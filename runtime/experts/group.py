@@ -102,13 +102,13 @@ def _check_rows(rows: ExpertRows, hidden_size: int, num_experts: int) -> None:
         and len(experts) > 0
         and offsets[0] == 0
         and bool((np.diff(offsets) >= 0).all())
-        and 0 <= experts.min()
+        and experts.min() >= 0
         and experts.max() < num_experts
     )
     if not fits:
         raise InvalidTensorError(
-            f"rows {tuple(rows.hidden.shape)} with {len(experts)} pairs do not fit a group of {num_experts} experts "
-            f"of hidden size {hidden_size}"
+            f"rows {tuple(rows.hidden.shape)} with {len(experts)} pairs do not fit a group of {num_experts} "
+            f"experts of hidden size {hidden_size}"
         )
 
 

@@ -116,7 +116,8 @@ class LinkClient:
             raise DeadlineExceededError("no time is left for the call")
         await self._connection.drain()
         stream = self._new_stream()
-        answer = self._calls[stream] = self._loop.create_future()
+        answer: asyncio.Future[Reply] = self._loop.create_future()
+        self._calls[stream] = answer
         timer = self._loop.call_later(timeout_s, self._expire, answer, method)
         try:
             self._connection.send(Kind.REQUEST, stream, {"m": method, "s": timeout_s, "h": meta}, tensors)
@@ -133,17 +134,22 @@ class LinkClient:
 
         Raises: as `call`.
         """
+        deadline = self._loop.time() + timeout_s
         await self._connection.drain()
         stream = self._new_stream()
         items: asyncio.Queue[Reply | Exception | None] = asyncio.Queue(self._limits.max_stream_items)
         self._streams[stream] = items
         try:
             self._connection.send(Kind.REQUEST, stream, {"m": method, "s": timeout_s, "h": meta}, tensors)
-            async with asyncio.timeout(timeout_s):
-                while (item := await items.get()) is not None:
-                    if isinstance(item, Exception):
-                        raise item
-                    yield item
+            while True:
+                # Around the wait only: a timeout held over a yield would cancel the reader at work elsewhere.
+                async with asyncio.timeout_at(deadline):
+                    item = await items.get()
+                if item is None:
+                    return
+                if isinstance(item, Exception):
+                    raise item
+                yield item
         except TimeoutError:
             raise DeadlineExceededError(f"{method} did not end within its time") from None
         finally:

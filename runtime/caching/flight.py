@@ -1,0 +1,95 @@
+"""Single flight: equal requests at the same time share one computation, streams included."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Generic, TypeVar
+
+from ..errors import DeadlineExceededError, PimoeError
+
+V = TypeVar("V")
+
+
+class Flight(Generic[V]):
+    """One computation and its readers. Each reader gets every item from the first on, whenever it joins.
+
+    The computation runs in a task of its own, so that the request that began it may leave without ending it for
+    the others; when the last reader leaves, it is cancelled.
+
+    Args:
+        items: the computation.
+        finished: called when it has ended whole, with all items.
+        ended: called when it has ended in any way.
+    """
+
+    def __init__(
+        self,
+        items: AsyncIterator[V],
+        finished: Callable[[list[V]], None],
+        ended: Callable[[], None],
+    ) -> None:
+        self.error: Exception | None = None
+        self.cancelled = False
+        self._items: list[V] = []
+        self._done = False
+        self._readers = 0
+        self._changed = asyncio.Event()
+        self._finished, self._ended = finished, ended
+        self._task = asyncio.create_task(self._run(items))
+
+    async def read(self, deadline: float) -> AsyncIterator[V]:
+        """All items, from the first.
+
+        Args:
+            deadline: the reader's own, on `time.monotonic()`.
+
+        Raises:
+            DeadlineExceededError: the reader's time ran out; the flight goes on for the others.
+            PimoeError: what the computation raised.
+        """
+        self._readers += 1
+        position = 0
+        try:
+            while True:
+                while position < len(self._items):
+                    position += 1
+                    yield self._items[position - 1]
+                if self._done:
+                    if self.error is not None:
+                        raise self.error
+                    return
+                await self._wait(deadline)
+        finally:
+            self._readers -= 1
+            if self._readers == 0 and not self._done:
+                self._task.cancel()
+
+    async def _wait(self, deadline: float) -> None:
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._changed.wait()
+        except TimeoutError:
+            raise DeadlineExceededError("the request's time ran out") from None
+
+    async def _run(self, items: AsyncIterator[V]) -> None:
+        try:
+            async for item in items:
+                self._items.append(item)
+                self._notify()
+            self._finished(self._items)
+        except asyncio.CancelledError:
+            self.cancelled = True
+            self.error = PimoeError("the shared computation was cancelled")
+        except Exception as error:  # every reader is given it
+            self.error = error
+        finally:
+            self._done = True
+            self._ended()
+            self._notify()
+            if (aclose := getattr(items, "aclose", None)) is not None:
+                await aclose()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()

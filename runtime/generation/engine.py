@@ -1,0 +1,299 @@
+"""The engine: one step after the other, each advancing all running sequences together.
+
+`step` is the whole system: admit, plan, compute, sample, hand out. Its computing waits for nothing but the
+experts. Everything runs on one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from ..batching import BatchLimits, PriorityQueue, QueueItem, QueueLimits
+from ..batching.policy import virtual_deadline
+from ..batching.queue import QueueStatistics
+from ..errors import (
+    ContextLengthError,
+    DeadlineExceededError,
+    InvalidRequestError,
+    PimoeError,
+    RequestCancelledError,
+)
+from ..model.decoder import Decoder, ForwardBatch, Segment
+from ..requests import FinishReason, GenerateRequest, TokenChunk, TokenLogprob
+from ..routing.dispatch import Dispatcher
+from .sampler import sample
+from .scheduler import EngineLimits, Generation, StepItem, can_admit, plan_step
+
+
+class EngineStatistics(NamedTuple):
+    """The queue, what runs, the KV cache, and since start: steps, tokens prefilled, decoded; seconds of steps."""
+
+    queue: QueueStatistics
+    running: int
+    kv_bytes: int
+    steps: int
+    prefill_tokens: int
+    decode_tokens: int
+    step_s: float
+
+
+class _Stream:
+    """Where a request's chunks go; its reader's end is `Engine.generate`. Bounded by the request's `max_tokens`."""
+
+    def __init__(self, request: GenerateRequest) -> None:
+        self.request = request
+        self.generation: Generation | None = None
+        self.chunks: asyncio.Queue[TokenChunk | PimoeError] = asyncio.Queue()
+
+    def fail(self, error: PimoeError) -> None:
+        self.chunks.put_nowait(error)
+
+
+class Engine:
+    """Generates with a decoder whose experts are behind a dispatcher.
+
+    Args:
+        clock: monotonic seconds; tests inject theirs.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        dispatcher: Dispatcher,
+        limits: EngineLimits,
+        batch_limits: BatchLimits,
+        queue_limits: QueueLimits,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.decoder, self.dispatcher, self.limits, self.batch_limits = decoder, dispatcher, limits, batch_limits
+        model_limit = decoder.spec.max_context_tokens
+        self.max_context_tokens = min(limits.max_context_tokens or model_limit, model_limit)
+        self.queue: PriorityQueue[_Stream] = PriorityQueue(queue_limits)
+        self.cache = decoder.new_cache(limits.max_sequences, self.max_context_tokens)
+        self._clock = clock
+        self._running: list[Generation] = []
+        self._streams: dict[Generation, _Stream] = {}
+        self._wake = asyncio.Event()
+        self._loop_task: asyncio.Task[None] | None = None
+        self._computing: asyncio.Task[torch.Tensor] | None = None
+        self._steps = self._prefill_tokens = self._decode_tokens = 0
+        self._step_s = 0.0
+
+    def start(self) -> None:
+        """Begin to run steps."""
+        self._loop_task = asyncio.create_task(self._run(), name="engine")
+
+    async def close(self) -> None:
+        """Let running sequences go on for `limits.drain_s`, then fail what is left."""
+        self.queue.drain(RequestCancelledError("the server is shutting down"))
+        until = self._clock() + self.limits.drain_s
+        while self._running and self._clock() < until:
+            await asyncio.sleep(0.01)
+        if self._loop_task is not None:
+            self._loop_task.cancel()
+            await asyncio.gather(self._loop_task, return_exceptions=True)
+        self._fail(self._running, RequestCancelledError("the server is shutting down"))
+
+    def statistics(self) -> EngineStatistics:
+        """See `EngineStatistics`."""
+        return EngineStatistics(
+            self.queue.statistics(),
+            len(self._running),
+            self.cache.bytes,
+            self._steps,
+            self._prefill_tokens,
+            self._decode_tokens,
+            self._step_s,
+        )
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenChunk]:
+        """Queue a request and stream its tokens. Closing the iterator frees its place at once when it waits, and
+        after the step under way when it runs.
+
+        Raises:
+            ContextLengthError, InvalidRequestError: the request can never run here.
+            OverloadedError: the queue is full.
+            DeadlineExceededError: its time ran out.
+        """
+        self._check(request)
+        now = self._clock()
+        deadline = now + request.timeout_s
+        stream = _Stream(request)
+        item = QueueItem(
+            value=stream,
+            tokens=len(request.prompt_token_ids),
+            priority=request.priority,
+            arrival=now,
+            deadline=deadline,
+            key=virtual_deadline(now, deadline, request.priority, self.batch_limits),
+            fail=stream.fail,
+        )
+        self.queue.push(item)
+        self._wake.set()
+        try:
+            while True:
+                chunk = await self._next_chunk(stream, deadline)
+                yield chunk
+                if chunk.finish_reason is not None:
+                    return
+        finally:
+            self.queue.cancel(item)
+            self._abandon(stream)
+
+    async def _next_chunk(self, stream: _Stream, deadline: float) -> TokenChunk:
+        try:
+            async with asyncio.timeout_at(deadline):
+                chunk = await stream.chunks.get()
+        except TimeoutError:
+            raise DeadlineExceededError("the request's time ran out") from None
+        if isinstance(chunk, PimoeError):
+            raise chunk
+        return chunk
+
+    def _check(self, request: GenerateRequest) -> None:
+        prompt, wanted = len(request.prompt_token_ids), request.sampling.max_tokens
+        if prompt < 1 or wanted < 1:
+            raise InvalidRequestError("a generation needs at least one prompt token and max_tokens of at least 1")
+        if prompt + wanted > self.max_context_tokens:
+            raise ContextLengthError(
+                f"the prompt's {prompt} tokens and max_tokens {wanted} exceed the context of "
+                f"{self.max_context_tokens} tokens",
+                "max_tokens",
+            )
+        vocab = self.decoder.spec.vocab_size
+        if not all(0 <= token < vocab for token in request.prompt_token_ids):
+            raise InvalidRequestError(f"a prompt token id is outside of the vocabulary of {vocab}", "prompt")
+
+    def _abandon(self, stream: _Stream) -> None:
+        generation = stream.generation
+        if generation is None or generation.finished:
+            return
+        generation.finished = True
+        if self._computing is not None and all(g.finished for g in self._running):
+            self._computing.cancel()  # nobody is left to compute the step for
+
+    async def _run(self) -> None:
+        while True:
+            if not self._running and not len(self.queue):
+                self._wake.clear()
+                await self._wake.wait()
+            await self.step()
+
+    async def step(self) -> None:
+        """Advance every running sequence; what fails fails its sequences, never the engine."""
+        started = self._clock()
+        self._remove_finished()
+        self._admit(started)
+        items = plan_step(self._running, self.limits.max_step_tokens)
+        if not items:
+            await asyncio.sleep(0)
+            return
+        try:
+            logits = await self._compute(items)
+            self._hand_out(items, logits)
+        except asyncio.CancelledError:
+            if not all(g.finished for g in self._running):
+                raise
+        except Exception as error:  # a model's failure is its sequences' outcome
+            failure = error if isinstance(error, PimoeError) else PimoeError(f"step failed: {error!r}")
+            self._fail([item.generation for item in items], failure)
+        self._steps += 1
+        self._step_s += self._clock() - started
+        await asyncio.sleep(0)  # let chunks out and requests in, also when no expert had to be waited for
+
+    def _admit(self, now: float) -> None:
+        self.queue.expire(now)
+        while (head := self.queue.head()) is not None:
+            request = head.value.request
+            reserved = len(request.prompt_token_ids) + request.sampling.max_tokens
+            if not can_admit(self._running, reserved, self.limits):
+                return
+            stream = self.queue.pop().value
+            generation = Generation(
+                request=request,
+                slot=self.cache.allocate(),
+                deadline=head.deadline,
+                tokens=[*request.prompt_token_ids, *request.emitted],
+            )
+            stream.generation = generation
+            self._running.append(generation)
+            self._streams[generation] = stream
+            if request.emitted and (reason := self._finish_reason(generation)) is not None:
+                generation.finished = True  # only its end had been lost
+                stream.chunks.put_nowait(TokenChunk((), reason))
+
+    async def _compute(self, items: Sequence[StepItem]) -> torch.Tensor:
+        token_ids: list[int] = []
+        segments = []
+        rows = []
+        for item in items:
+            start = item.generation.computed
+            token_ids += item.generation.tokens[start : start + item.count]
+            segments.append(Segment(item.generation.slot, start, item.count))
+            if item.samples:
+                rows.append(len(token_ids) - 1)
+        batch = ForwardBatch(torch.tensor(token_ids), tuple(segments), torch.tensor(rows, dtype=torch.int64))
+        experts = self.dispatcher.until(max(item.generation.deadline for item in items))
+        self._computing = asyncio.ensure_future(self.decoder.forward(batch, self.cache, experts))
+        try:
+            return await self._computing
+        finally:
+            self._computing = None
+
+    def _hand_out(self, items: Sequence[StepItem], logits: torch.Tensor) -> None:
+        sampling = [item.generation for item in items if item.samples]
+        for item in items:
+            item.generation.computed += item.count
+            if item.count == 1 and item.samples:
+                self._decode_tokens += 1
+            else:
+                self._prefill_tokens += item.count
+        with torch.inference_mode():
+            tokens, logprobs = sample(
+                logits,
+                [g.request.sampling for g in sampling],
+                [len(g.tokens) for g in sampling],
+                [self._banned(g) for g in sampling],
+            )
+        for generation, token, logprob in zip(sampling, tokens, logprobs, strict=True):
+            self._append(generation, token, logprob)
+
+    def _append(self, generation: Generation, token: int, logprob: TokenLogprob | None) -> None:
+        generation.tokens.append(token)
+        if generation.finished:
+            return  # its reader left during the step
+        reason = self._finish_reason(generation)
+        generation.finished = reason is not None
+        chunk = TokenChunk((token,), reason, None if logprob is None else (logprob,))
+        self._streams[generation].chunks.put_nowait(chunk)
+
+    def _banned(self, generation: Generation) -> tuple[int, ...]:
+        sampling = generation.request.sampling
+        if generation.generated >= sampling.min_tokens:
+            return ()
+        return (*self.decoder.spec.eos_token_ids, *sampling.stop_token_ids)
+
+    def _finish_reason(self, generation: Generation) -> FinishReason | None:
+        sampling, token = generation.request.sampling, generation.tokens[-1]
+        if token in sampling.stop_token_ids:
+            return "stop"
+        if not sampling.ignore_eos and token in self.decoder.spec.eos_token_ids:
+            return "stop"
+        return "length" if generation.generated >= sampling.max_tokens else None
+
+    def _fail(self, generations: Sequence[Generation], error: PimoeError) -> None:
+        for generation in generations:
+            if not generation.finished:
+                generation.finished = True
+                self._streams[generation].fail(error)
+
+    def _remove_finished(self) -> None:
+        for generation in [g for g in self._running if g.finished]:
+            self._running.remove(generation)
+            del self._streams[generation]
+            self.cache.free(generation.slot)

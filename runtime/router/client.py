@@ -1,0 +1,76 @@
+"""A gateway's end: a backend over links to all routers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+from ..errors import DeadlineExceededError, LinkError, LinkProtocolError, UnavailableError
+from ..links import LinkPool
+from ..requests import GenerateRequest, InferRequest, InferResult, ModelInfo, TokenChunk
+from .server import GENERATE, INFER
+
+
+class RouterClient:
+    """Work goes to the least busy router. When a router dies, its tensor requests are sent to another, and its
+    generations resumed there from the prompt and the tokens that came already: random numbers are keyed by position,
+    so that the rest is what it would have been.
+
+    Args:
+        pool: links to the routers; their discovery's `info["model"]` is a `ModelInfo` as plain values.
+    """
+
+    def __init__(self, pool: LinkPool) -> None:
+        self.pool = pool
+        self._model: ModelInfo | None = None
+
+    @property
+    def model(self) -> ModelInfo:
+        """See `Backend`.
+
+        Raises:
+            UnavailableError: no router has been seen yet.
+        """
+        for endpoint in self.pool.endpoints.values():
+            wire = endpoint.info["model"]
+            if self._model is None or wire["weights_digest"] != self._model.weights_digest:
+                self._model = ModelInfo.from_wire(wire)
+            break
+        if self._model is None:
+            raise UnavailableError("no router is ready yet", retry_after_s=1.0)
+        return self._model
+
+    async def infer(self, request: InferRequest) -> InferResult:
+        """See `Backend`."""
+        meta = {"id": request.request_id, "layer": request.layer, "priority": request.priority}
+        deadline = time.monotonic() + request.timeout_s
+        reply = await self.pool.call(INFER, meta, [request.hidden_states], deadline)
+        if len(reply.tensors) != 1:
+            raise LinkProtocolError(f"a router answered with {len(reply.tensors)} tensors instead of 1")
+        return InferResult(reply.tensors[0])
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenChunk]:
+        """See `Backend`."""
+        deadline = time.monotonic() + request.timeout_s
+        emitted = list(request.emitted)
+        while True:
+            attempt = replace(request, emitted=tuple(emitted))
+            async with self.pool.acquire(deadline) as link:
+                remaining_s = deadline - time.monotonic()
+                if remaining_s <= 0:
+                    raise DeadlineExceededError("the request's time ran out")
+                stream = link.client.stream(GENERATE, attempt.to_wire(), [], remaining_s)
+                try:
+                    async for reply in stream:
+                        chunk = TokenChunk.from_wire(reply.meta)
+                        emitted += chunk.token_ids
+                        yield chunk
+                        if chunk.finish_reason is not None:
+                            return
+                    raise LinkProtocolError("a router ended a stream without a finish reason")
+                except LinkError:
+                    self.pool.resent += 1
+                    self.pool.forget(link)
+                finally:
+                    await stream.aclose()  # type: ignore[attr-defined]

@@ -1,0 +1,134 @@
+"""The router: the trunk and gates of a model, in front of its expert groups. A `Backend` in this process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..batching import Batcher, BatchLimits, QueueLimits
+from ..errors import InvalidRequestError, InvalidTensorError
+from ..generation.engine import Engine
+from ..generation.scheduler import EngineLimits
+from ..model.decoder import Decoder
+from ..requests import GenerateRequest, InferRequest, InferResult, ModelInfo, TokenChunk
+from ..routing.dispatch import Dispatcher
+from ..routing.strategies import RoutingStrategy
+from ..tensors import from_wire, to_wire, torch_dtype
+
+_FLOATING = ("float32", "float16", "bfloat16", "float64")
+
+
+@dataclass(frozen=True, slots=True)
+class RouterLimits:
+    """The bounds of a router's parts."""
+
+    batching: BatchLimits = field(default_factory=BatchLimits)
+    queue: QueueLimits = field(default_factory=QueueLimits)
+    engine: EngineLimits = field(default_factory=EngineLimits)
+
+
+class Router:
+    """Batches tensor requests, and generates when the model is a decoder.
+
+    Args:
+        gates: routing strategy of every MoE layer.
+        decoder: the trunk; None for a layer model.
+    """
+
+    def __init__(
+        self,
+        model: ModelInfo,
+        gates: Mapping[int, RoutingStrategy],
+        dispatcher: Dispatcher,
+        decoder: Decoder | None,
+        limits: RouterLimits,
+        device: str = "cpu",
+    ) -> None:
+        self._model = model
+        self.gates = gates
+        self.dispatcher = dispatcher
+        self.decoder = decoder
+        self.limits = limits
+        self.device = device
+        self.dtype = torch_dtype(model.dtype)
+        self.batcher: Batcher[tuple[int, Tensor], Tensor] = Batcher(self._run_layer, limits.batching, limits.queue)
+        self.engine: Engine | None = None
+        if decoder is not None:
+            self.engine = Engine(decoder, dispatcher, limits.engine, limits.batching, limits.queue)
+
+    def start(self) -> None:
+        """Begin to serve, on the running event loop."""
+        self.batcher.start()
+        if self.engine is not None:
+            self.engine.start()
+
+    async def close(self) -> None:
+        """Finish or fail what is under way."""
+        if self.engine is not None:
+            await self.engine.close()
+        await self.batcher.close()
+
+    @property
+    def model(self) -> ModelInfo:
+        """See `Backend`."""
+        return self._model
+
+    async def infer(self, request: InferRequest) -> InferResult:
+        """See `Backend`. A request longer than a batch is cut into several."""
+        layer = self.model.moe_layers[0] if request.layer is None else request.layer
+        hidden = self._check_hidden(layer, request)
+        pieces = hidden.split(self.limits.batching.max_batch_tokens)
+        calls = [
+            self.batcher.submit((layer, piece), len(piece), request.priority, request.timeout_s, group=layer)
+            for piece in pieces
+        ]
+        outputs = [await calls[0]] if len(calls) == 1 else await asyncio.gather(*calls)
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return InferResult(to_wire(output.to(torch_dtype(request.hidden_states.dtype))))
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[TokenChunk]:
+        """See `Backend`."""
+        if self.engine is None:
+            raise InvalidRequestError(
+                f"{self.model.name} is a layer model: it answers tensor requests only", "model"
+            )
+        return self.engine.generate(request)
+
+    def _check_hidden(self, layer: int, request: InferRequest) -> Tensor:
+        states = request.hidden_states
+        if layer not in self.gates:
+            layers = self.model.moe_layers
+            raise InvalidTensorError(
+                f"layer {layer} is not an MoE layer of {self.model.name}; {layers} are", "layer"
+            )
+        if states.dtype not in _FLOATING:
+            raise InvalidTensorError(f"hidden states are {states.dtype}; they must be one of {_FLOATING}")
+        if len(states.shape) != 2 or states.shape[1] != self.model.hidden_size or states.shape[0] < 1:
+            raise InvalidTensorError(
+                f"hidden states have shape {list(states.shape)}; it must be [tokens, {self.model.hidden_size}]"
+            )
+        return from_wire(states, self.device).to(self.dtype)
+
+    async def _run_layer(self, batch: Sequence[tuple[int, Tensor]], deadline: float) -> Sequence[Tensor]:
+        layer = batch[0][0]
+        sizes = [len(hidden) for _, hidden in batch]
+        with torch.inference_mode():
+            hidden = batch[0][1] if len(batch) == 1 else torch.cat([hidden for _, hidden in batch])
+            routing = self.gates[layer](hidden)
+        output = await self.dispatcher.run(layer, hidden, routing, deadline)
+        return output.split(sizes)
+
+    def statistics(self) -> dict[str, Any]:
+        """Everything countable, as plain values."""
+        engine = self.engine.statistics() if self.engine is not None else None
+        batcher = self.batcher.statistics()
+        return {
+            "batcher": {**batcher._asdict(), "queue": batcher.queue._asdict()},
+            "engine": None if engine is None else {**engine._asdict(), "queue": engine.queue._asdict()},
+            "dispatch": self.dispatcher.statistics()._asdict(),
+        }
