@@ -6,7 +6,7 @@ Times here are *remaining* seconds, never absolute: two processes do not share a
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -195,7 +195,7 @@ class Backend(Protocol):
         """
         ...
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[TokenChunk]:
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
         """Streamed generation; closing the iterator cancels it.
 
         Raises:
@@ -220,4 +220,4 @@ class GenerateAnswer:
     outcome: CacheOutcome
     response_id: str
     created_s: int
-    chunks: AsyncIterator[TokenChunk]
+    chunks: AsyncGenerator[TokenChunk, None]

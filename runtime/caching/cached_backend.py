@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -72,7 +73,7 @@ class CachedBackend:
             self.cache.bypassed += 1
             return InferAnswer("bypass", await self.backend.infer(request))
 
-        async def compute() -> AsyncIterator[InferResult]:
+        async def compute() -> AsyncGenerator[InferResult, None]:
             yield await self.backend.infer(request)
 
         key = infer_key(self.model, request, self.tenant)
@@ -92,8 +93,8 @@ class CachedBackend:
         )
 
     def _open(
-        self, key: bytes, request_id: str, timeout_s: float, compute: Callable[[], AsyncIterator[V]]
-    ) -> tuple[CacheOutcome, str, int, AsyncIterator[V]]:
+        self, key: bytes, request_id: str, timeout_s: float, compute: Callable[[], AsyncGenerator[V, None]]
+    ) -> tuple[CacheOutcome, str, int, AsyncGenerator[V, None]]:
         if (found := self.cache.get(key)) is not None:
             self.cache.hits += 1
             return "hit", found.response_id, found.created_s, _replay(found.items)
@@ -109,7 +110,7 @@ class CachedBackend:
         return "miss", request_id, created_s, leader.read(deadline)
 
     def _launch(
-        self, key: bytes, request_id: str, created_s: int, compute: Callable[[], AsyncIterator[V]]
+        self, key: bytes, request_id: str, created_s: int, compute: Callable[[], AsyncGenerator[V, None]]
     ) -> Flight[V]:
         def finished(items: list[V]) -> None:
             if items and all(map(_is_storable, items)) and _is_whole(items[-1]):
@@ -125,15 +126,16 @@ class CachedBackend:
             del self._flights[key]
 
     async def _follow(
-        self, key: bytes, flight: Flight[V], deadline: float, compute: Callable[[], AsyncIterator[V]]
-    ) -> AsyncIterator[V]:
+        self, key: bytes, flight: Flight[V], deadline: float, compute: Callable[[], AsyncGenerator[V, None]]
+    ) -> AsyncGenerator[V, None]:
         """Read another's flight. When it fails for a reason of its leader's own (its time, its place in the
         queue), compute alone, and leave out what was read already: equal requests give equal items."""
         position = 0
         try:
-            async for item in flight.read(deadline):
-                position += 1
-                yield item
+            async with contextlib.aclosing(flight.read(deadline)) as items:
+                async for item in items:
+                    position += 1
+                    yield item
             return
         except (DeadlineExceededError, OverloadedError, RequestCancelledError):
             if time.monotonic() >= deadline:
@@ -141,13 +143,14 @@ class CachedBackend:
         except PimoeError:
             if not flight.cancelled:
                 raise
-        async for item in compute():
-            position -= 1
-            if position < 0:
-                yield item
+        async with contextlib.aclosing(compute()) as items:
+            async for item in items:
+                position -= 1
+                if position < 0:
+                    yield item
 
 
-async def _replay(items: tuple[Any, ...]) -> AsyncIterator[Any]:
+async def _replay(items: tuple[Any, ...]) -> AsyncGenerator[Any, None]:
     for item in items:
         yield item
 

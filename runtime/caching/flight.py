@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import contextlib
+from collections.abc import AsyncGenerator, Callable
 from typing import Generic, TypeVar
 
 from ..errors import DeadlineExceededError, PimoeError
@@ -25,7 +26,7 @@ class Flight(Generic[V]):
 
     def __init__(
         self,
-        items: AsyncIterator[V],
+        items: AsyncGenerator[V, None],
         finished: Callable[[list[V]], None],
         ended: Callable[[], None],
     ) -> None:
@@ -38,7 +39,7 @@ class Flight(Generic[V]):
         self._finished, self._ended = finished, ended
         self._task = asyncio.create_task(self._run(items))
 
-    async def read(self, deadline: float) -> AsyncIterator[V]:
+    async def read(self, deadline: float) -> AsyncGenerator[V, None]:
         """All items, from the first.
 
         Args:
@@ -72,11 +73,12 @@ class Flight(Generic[V]):
         except TimeoutError:
             raise DeadlineExceededError("the request's time ran out") from None
 
-    async def _run(self, items: AsyncIterator[V]) -> None:
+    async def _run(self, items: AsyncGenerator[V, None]) -> None:
         try:
-            async for item in items:
-                self._items.append(item)
-                self._notify()
+            async with contextlib.aclosing(items):
+                async for item in items:
+                    self._items.append(item)
+                    self._notify()
             self._finished(self._items)
         except asyncio.CancelledError:
             self.cancelled = True
@@ -87,8 +89,6 @@ class Flight(Generic[V]):
             self._done = True
             self._ended()
             self._notify()
-            if (aclose := getattr(items, "aclose", None)) is not None:
-                await aclose()
 
     def _notify(self) -> None:
         self._changed.set()

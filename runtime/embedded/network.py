@@ -103,7 +103,8 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, batch: Batch, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (projection(x).unflatten(-1, (-1, self.head_dim)) for projection in projections)
         q, k = _rotate(self.q_norm(q), cos, sin), _rotate(self.k_norm(k), cos, sin)
         # Padding is on the right, so the causal mask alone keeps it out.
         mixed = F.scaled_dot_product_attention(
@@ -114,9 +115,9 @@ class Attention(nn.Module):
 
 
 def _pad(x: Tensor, batch: Batch) -> Tensor:
-    """`[tokens, heads, head_dim]` to `[sequences, heads, longest, head_dim]`, zeros where there is no token."""
+    """`[tokens, heads, head_dim]` to `[sequences, heads, longest, head_dim]`, with zeros for padding."""
     grid = x.new_zeros(batch.sequences * batch.longest, *x.shape[1:]).index_copy(0, batch.slots, x)
-    return grid.unflatten(0, (batch.sequences, batch.longest)).transpose(1, 2)
+    return grid.view(batch.sequences, batch.longest, *x.shape[1:]).transpose(1, 2)
 
 
 class Gate(nn.Module):
@@ -133,7 +134,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
 
     def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
-        """`[rows, hidden]` sorted by expert, with each expert's end row `[experts]`, through their experts."""
+        """`[rows, hidden]` sorted by expert, each expert's rows up to `ends[expert]`, through the experts."""
         gate, up = F.grouped_mm(rows, self.gate_up_proj.mT, offs=ends).chunk(2, dim=-1)
         return F.grouped_mm(F.silu(gate) * up, self.down_proj.mT, offs=ends)
 

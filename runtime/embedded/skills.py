@@ -29,12 +29,12 @@ MAX_WORD_LENGTH = 10
 HELD_OUT_ONE_IN = 10
 
 _ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen"
-).split()
-_TENS = "- - twenty thirty forty fifty sixty seventy eighty ninety".split()
-_CONSONANTS = "b c d f g h j k l m n p qu r s t v w x y z br ch cl cr dr fl gr pl pr sh sp st th tr".split()
-_VOWELS = "a e i o u ai ea ee ie oo ou".split()
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven"),
+    *("twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
+)
+_TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+_CONSONANTS = (*"bcdfghjklmnprstvwxyz", "br", "ch", "cl", "dr", "gr", "pl", "qu", "sh", "st", "th", "tr")
+_VOWELS = (*"aeiou", "ai", "ea", "ee", "ie", "oo", "ou")
 _LENGTH_WEIGHTS = (1, 2, 4, 6, 7, 8, 8, 9, 10, 11)
 
 
@@ -77,14 +77,15 @@ def _syllables(rng: random.Random, length: int) -> str:
     return word[:length]
 
 
-def _word(rng: random.Random) -> str:
+def _word(rng: random.Random, repetitive: float = 0.2) -> str:
     length = rng.choices(range(1, MAX_WORD_LENGTH + 1), _LENGTH_WEIGHTS)[0]
-    make = rng.choices((_random_letters, _syllables, _repetitive_letters), (5, 4, 2))[0]
-    return make(rng, length)
+    if rng.random() < repetitive:
+        return _repetitive_letters(rng, length)
+    return rng.choice((_random_letters, _syllables))(rng, length)
 
 
 def _letter_in_word(rng: random.Random) -> str:
-    word = _word(rng)
+    word = _word(rng, repetitive=0.6)
     letter = rng.choice(word) if rng.random() < 0.75 else rng.choice(string.ascii_lowercase)
     return f"{letter} in {word}"
 
@@ -119,10 +120,10 @@ def _in_words(number: int) -> str:
 
 _TABLE: Mapping[str, _Skill] = MappingProxyType(
     {
-        "reverse": _Skill(_word, lambda word: word[::-1], weight=2.0),
-        "sort": _Skill(_word, lambda word: "".join(sorted(word)), weight=3.0),
+        "reverse": _Skill(_word, lambda word: word[::-1], weight=1.5),
+        "sort": _Skill(_word, lambda word: "".join(sorted(word)), weight=2.0),
         "upper": _Skill(_word, str.upper, weight=0.5),
-        "count": _Skill(_letter_in_word, _solve_count, weight=2.0),
+        "count": _Skill(_letter_in_word, _solve_count, weight=4.0),
         "add": _Skill(
             _sum,
             lambda argument: str(sum(_operands(argument))),
@@ -143,13 +144,14 @@ def held_out(skill: str, count: int, seed: int = 0) -> list[Example]:
         ValueError: the skill is unknown, or has fewer than `count` held-out prompts (`add` and `spell` have
             about a thousand each).
     """
+    known = _skill(skill)
     rng = random.Random(f"held out {skill} {seed}")
     found: dict[str, Example] = {}
     # One draw in ten is held out, so only a space that is nearly used up needs this many.
     for _ in range(100_000 + 100 * count):
         if len(found) >= count:
             break
-        argument = _skill(skill).draw(rng)
+        argument = known.draw(rng)
         if _is_held_out(skill, argument):
             found.setdefault(argument, _example(skill, argument))
     if len(found) < count:

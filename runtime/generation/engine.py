@@ -7,8 +7,9 @@ experts. Everything runs on one event loop.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ class EngineStatistics(NamedTuple):
 
 
 class _Stream:
-    """Where a request's chunks go; its reader's end is `Engine.generate`. Bounded by the request's `max_tokens`."""
+    """Where a request's chunks go; `Engine.generate` reads them. Bounded by the request's `max_tokens`."""
 
     def __init__(self, request: GenerateRequest) -> None:
         self.request = request
@@ -79,6 +80,8 @@ class Engine:
         self._running: list[Generation] = []
         self._streams: dict[Generation, _Stream] = {}
         self._wake = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._loop_task: asyncio.Task[None] | None = None
         self._computing: asyncio.Task[torch.Tensor] | None = None
         self._steps = self._prefill_tokens = self._decode_tokens = 0
@@ -91,9 +94,9 @@ class Engine:
     async def close(self) -> None:
         """Let running sequences go on for `limits.drain_s`, then fail what is left."""
         self.queue.drain(RequestCancelledError("the server is shutting down"))
-        until = self._clock() + self.limits.drain_s
-        while self._running and self._clock() < until:
-            await asyncio.sleep(0.01)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.limits.drain_s):
+                await self._idle.wait()
         if self._loop_task is not None:
             self._loop_task.cancel()
             await asyncio.gather(self._loop_task, return_exceptions=True)
@@ -111,7 +114,7 @@ class Engine:
             self._step_s,
         )
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenChunk]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
         """Queue a request and stream its tokens. Closing the iterator frees its place at once when it waits, and
         after the step under way when it runs.
 
@@ -181,7 +184,9 @@ class Engine:
         while True:
             if not self._running and not len(self.queue):
                 self._wake.clear()
+                self._idle.set()
                 await self._wake.wait()
+                self._idle.clear()
             await self.step()
 
     async def step(self) -> None:

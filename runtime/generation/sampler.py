@@ -56,8 +56,8 @@ def _random_key(seed: int, position: int) -> int:
 
 
 def _truncate(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Keep the `top_k` most likely, then the smallest set of mass `top_p`, then those of at least `min_p` times the
-    best one's probability."""
+    """Keep the `top_k` most likely, then the smallest set of mass `top_p`, then those of at least `min_p` times
+    the best one's probability."""
     vocab = len(logits)
     if 0 < params.top_k < vocab:
         kept = logits.topk(params.top_k).values[-1]

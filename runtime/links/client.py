@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl as tls
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from ..errors import (
@@ -129,7 +129,7 @@ class LinkClient:
 
     async def stream(
         self, method: str, meta: dict[str, Any], tensors: Sequence[TensorData], timeout_s: float
-    ) -> AsyncIterator[Reply]:
+    ) -> AsyncGenerator[Reply, None]:
         """One request, a stream of answers. Closing the iterator cancels it on the server.
 
         Raises: as `call`.

@@ -80,9 +80,10 @@ class LinkPool:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Discover once and connect; then keep doing so in the background."""
-        await self._refresh()
-        self._task = asyncio.create_task(self._keep_refreshing(), name=f"pool {self.name}")
+        """Discover once and connect; then keep doing so in the background. Only the first call does anything."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._keep_refreshing(), name=f"pool {self.name}")
+            await self._refresh()
 
     async def close(self) -> None:
         """Stop and close every link."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 
 from ..errors import DeadlineExceededError, LinkError, LinkProtocolError, UnavailableError
@@ -14,8 +15,8 @@ from .server import GENERATE, INFER
 
 class RouterClient:
     """Work goes to the least busy router. When a router dies, its tensor requests are sent to another, and its
-    generations resumed there from the prompt and the tokens that came already: random numbers are keyed by position,
-    so that the rest is what it would have been.
+    generations resumed there from the prompt and the tokens that came already: random numbers are keyed by
+    position, so that the rest is what it would have been.
 
     Args:
         pool: links to the routers; their discovery's `info["model"]` is a `ModelInfo` as plain values.
@@ -50,7 +51,7 @@ class RouterClient:
             raise LinkProtocolError(f"a router answered with {len(reply.tensors)} tensors instead of 1")
         return InferResult(reply.tensors[0])
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenChunk]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
         """See `Backend`."""
         deadline = time.monotonic() + request.timeout_s
         emitted = list(request.emitted)
@@ -60,17 +61,17 @@ class RouterClient:
                 remaining_s = deadline - time.monotonic()
                 if remaining_s <= 0:
                     raise DeadlineExceededError("the request's time ran out")
-                stream = link.client.stream(GENERATE, attempt.to_wire(), [], remaining_s)
                 try:
-                    async for reply in stream:
-                        chunk = TokenChunk.from_wire(reply.meta)
-                        emitted += chunk.token_ids
-                        yield chunk
-                        if chunk.finish_reason is not None:
-                            return
+                    async with contextlib.aclosing(
+                        link.client.stream(GENERATE, attempt.to_wire(), [], remaining_s)
+                    ) as replies:
+                        async for reply in replies:
+                            chunk = TokenChunk.from_wire(reply.meta)
+                            emitted += chunk.token_ids
+                            yield chunk
+                            if chunk.finish_reason is not None:
+                                return
                     raise LinkProtocolError("a router ended a stream without a finish reason")
                 except LinkError:
                     self.pool.resent += 1
                     self.pool.forget(link)
-                finally:
-                    await stream.aclose()  # type: ignore[attr-defined]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -91,7 +91,7 @@ class Router:
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return InferResult(to_wire(output.to(torch_dtype(request.hidden_states.dtype))))
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[TokenChunk]:
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
         """See `Backend`."""
         if self.engine is None:
             raise InvalidRequestError(
@@ -122,6 +122,13 @@ class Router:
             routing = self.gates[layer](hidden)
         output = await self.dispatcher.run(layer, hidden, routing, deadline)
         return output.split(sizes)
+
+    def set_batch_limits(self, limits: BatchLimits) -> None:
+        """Change the bounds of batching while serving; what is queued keeps its place."""
+        self.limits = replace(self.limits, batching=limits)
+        self.batcher.limits = limits
+        if self.engine is not None:
+            self.engine.batch_limits = limits
 
     def statistics(self) -> dict[str, Any]:
         """Everything countable, as plain values."""

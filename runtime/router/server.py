@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable
 
@@ -45,5 +46,6 @@ class RouterHandler:
         return Reply({}, [result.output])
 
     async def _generate(self, request: GenerateRequest) -> AsyncIterator[Reply]:
-        async for chunk in self.backend.generate(request):
-            yield Reply(chunk.to_wire())
+        async with contextlib.aclosing(self.backend.generate(request)) as chunks:
+            async for chunk in chunks:
+                yield Reply(chunk.to_wire())

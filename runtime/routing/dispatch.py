@@ -88,9 +88,12 @@ class Dispatcher:
 async def _gather(calls: Sequence[Coroutine[Any, Any, Tensor]]) -> list[Tensor]:
     if len(calls) == 1:
         return [await calls[0]]  # no task: a third of a decode step's dispatches have one group only
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(call) for call in calls]
-    return [task.result() for task in tasks]
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()  # of no effect on those that are done
 
 
 class BoundDispatch:

@@ -1,0 +1,15 @@
+"""The HTTP API: OpenAI's routes, the Open Inference Protocol's, and the operators' own, as one Starlette
+application.
+
+    app = create_app(context)     # context: what computes, see GatewayContext
+
+Files, in the order a request meets them: `app` (paths) -> `call` (one request: id, lifetime, errors) ->
+`bodies`, `fields`, `options` (untrusted input) -> `openai`, `inference`, `admin` (handlers) -> `generation`,
+`assembly` (tokens to text) -> `openai_format`, `inference_codec`, `wire` (answers). Every error goes through
+the table in `errors`.
+"""
+
+from .app import create_app
+from .context import ApiSettings, GatewayContext, IncrementalText, TextCodec
+
+__all__ = ["ApiSettings", "GatewayContext", "IncrementalText", "TextCodec", "create_app"]

@@ -1,0 +1,204 @@
+"""One HTTP request: its headers, id, body, lifetime, and the answer in the shape that its path asks for."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
+from typing import Any
+
+from starlette.types import Receive, Scope, Send
+
+from ...runtime.errors import PimoeError, RequestCancelledError
+from ...runtime.requests import CacheOutcome
+from . import errors
+from .bodies import check_headers, read_body
+from .context import ApiSettings, GatewayContext
+from .errors import Headers, MethodNotAllowedError
+from .lifetime import Lifetime, cancelled_from_behind
+from .options import CallOptions, from_headers
+
+logger = logging.getLogger(__name__)
+
+_MAX_REQUEST_ID_CHARS = 128
+_JSON = b"application/json"
+# A client that does not read cannot be told of an error; do not wait for it longer than this.
+_LAST_WORDS_S = 1.0
+
+
+def request_id_of(headers: dict[bytes, bytes]) -> str:
+    """The caller's `x-request-id` if it is short, visible ASCII, else a new one. It goes into headers and
+    logs."""
+    given = headers.get(b"x-request-id")
+    if given and len(given) <= _MAX_REQUEST_ID_CHARS and given.isascii():
+        text = given.decode("ascii")
+        if text.isprintable() and " " not in text:
+            return text
+    return secrets.token_hex(16)
+
+
+def is_openai(scope: Scope) -> bool:
+    """Whether the path lies under `/v1`, whose errors have OpenAI's shape."""
+    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+    return path.startswith("/v1/") or path == "/v1"
+
+
+class Call:
+    """What a handler gets."""
+
+    __slots__ = (
+        "_send",
+        "context",
+        "headers",
+        "lifetime",
+        "receive",
+        "request_id",
+        "scope",
+        "started",
+        "streams",
+    )
+
+    def __init__(self, context: GatewayContext, scope: Scope, receive: Receive, send: Send) -> None:
+        self.context = context
+        self.scope = scope
+        self.receive = receive
+        self._send = send
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        self.request_id = request_id_of(self.headers)
+        self.lifetime = Lifetime(context.settings.default_timeout_s)
+        self.started = False
+        self.streams = False
+
+    @property
+    def settings(self) -> ApiSettings:
+        """The limits in force."""
+        return self.context.settings
+
+    def work_id(self) -> str:
+        """An id for work behind the gateway. The caller's own id is part of it, but need not be unique."""
+        return f"{self.request_id[:64]}-{secrets.token_hex(6)}"
+
+    def header_options(self) -> CallOptions:
+        """The options that the headers give."""
+        return from_headers(self.headers, self.settings)
+
+    async def body(self) -> bytes:
+        """The body; from then on the client's disconnect ends the call.
+
+        Raises:
+            PayloadTooLargeError, UnsupportedMediaTypeError, InvalidRequestError, RequestCancelledError.
+        """
+        check_headers(self.headers, self.settings.max_body_bytes)
+        body = await read_body(self.receive, self.settings.max_body_bytes)
+        self.lifetime.watch(self.receive)
+        return body
+
+    def start_clock(self, timeout_s: float) -> float:
+        """Bounds the call by its own timeout, counted from its arrival; gives what remains for the backend.
+
+        Raises:
+            DeadlineExceededError: nothing remains.
+        """
+        return self.lifetime.limit(timeout_s, self.settings.deadline_grace_s)
+
+    async def respond(
+        self,
+        body: bytes,
+        content_type: bytes = _JSON,
+        status: int = 200,
+        extra: Iterable[tuple[bytes, bytes]] = (),
+    ) -> None:
+        """Sends a whole answer."""
+        length = (b"content-length", str(len(body)).encode())
+        await self._start(status, [(b"content-type", content_type), length, *extra])
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def start_stream(self, outcome: CacheOutcome) -> None:
+        """Sends the head of an SSE answer."""
+        self.streams = True
+        head: Headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-cache"),
+            # Reverse proxies of nginx's kind would otherwise collect the events.
+            (b"x-accel-buffering", b"no"),
+            cache_header(outcome),
+        ]
+        await self._start(200, head)
+
+    async def event(self, data: bytes) -> None:
+        """Sends one SSE event."""
+        body = b"data: " + data + b"\n\n"
+        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def end_stream(self) -> None:
+        """Sends the end of an SSE answer."""
+        await self._send({"type": "http.response.body", "body": b""})
+
+    async def fail(self, error: Exception) -> None:
+        """Answers with an error, or, in the middle of a stream, ends it with one."""
+        shown = self._log(error)
+        if not self.started:
+            status, body, content_type, extra = errors.render(shown, is_openai(self.scope))
+            await self.respond(body, content_type, status, extra)
+        elif self.streams and not isinstance(shown, RequestCancelledError):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_WORDS_S):
+                    await self.event(errors.render(shown, openai=True)[1])
+                    await self.end_stream()
+
+    def _log(self, error: Exception) -> PimoeError:
+        shown = errors.public(error, self.request_id)
+        if errors.is_fault(error):
+            logger.error("request %s failed", self.request_id, exc_info=error)
+        elif shown is not error:
+            logger.warning("request %s failed: %s", self.request_id, error)
+        return shown
+
+    async def _start(self, status: int, headers: Headers) -> None:
+        self.started = True
+        headers.append((b"x-request-id", self.request_id.encode()))
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+
+def cache_header(outcome: CacheOutcome) -> tuple[bytes, bytes]:
+    """The response header that says what the cache did."""
+    return b"x-pimoe-cache", outcome.encode()
+
+
+def combined(outcomes: Iterable[CacheOutcome]) -> CacheOutcome:
+    """One outcome for an answer of several parts: the one that cost most; of none, a bypass."""
+    found = set(outcomes)
+    order: tuple[CacheOutcome, ...] = ("bypass", "miss", "coalesced", "hit")
+    return next((outcome for outcome in order if outcome in found), "bypass")
+
+
+Handler = Callable[[Call], Awaitable[None]]
+
+
+class Endpoint:
+    """A handler as an ASGI application: methods, lifetime, and every error in one place."""
+
+    def __init__(self, context: GatewayContext, handler: Handler, methods: tuple[str, ...]) -> None:
+        self._context = context
+        self._handler = handler
+        self._methods = methods
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        call = Call(self._context, scope, receive, send)
+        try:
+            self._check_method(scope["method"])
+            async with call.lifetime:
+                await self._handler(call)
+        except asyncio.CancelledError:
+            if not cancelled_from_behind():
+                raise
+            # This request was not cancelled, so it still gets its one answer.
+            await call.fail(PimoeError("the work behind the request was cancelled"))
+        except Exception as error:
+            await call.fail(error)
+
+    def _check_method(self, method: Any) -> None:
+        if method not in self._methods:
+            raise MethodNotAllowedError(f"{method} is not allowed here; use {' or '.join(self._methods)}")

@@ -1,0 +1,158 @@
+"""What the HTTP layer needs from the process around it: settings, a text codec and a gateway to compute with.
+
+Nothing here knows of Ray or torch. `deployments/gateway.py` implements `GatewayContext`; the tests implement
+it with a few lines; `pimoe.runtime.model.tokenizer` implements `TextCodec`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+from ...runtime.errors import ConfigurationError
+from ...runtime.requests import GenerateAnswer, GenerateRequest, InferAnswer, InferRequest, ModelInfo
+
+MIB = 1 << 20
+
+# A day. It keeps seconds below the smallest integer that is read as Triton's microseconds (options.py).
+LONGEST_TIMEOUT_S = 86_400.0
+
+
+@dataclass(frozen=True, slots=True)
+class ApiSettings:
+    """Limits of the HTTP layer.
+
+    Attributes:
+        max_body_bytes: largest request body; more is answered with 413.
+        max_json_bytes: largest JSON part of a body. Parsing JSON blocks the event loop and takes a multiple
+            of its size in memory, so large tensors have to come in binary.
+        default_timeout_s: time for a request that names none; also bounds how long a body may take to arrive.
+        max_timeout_s: largest time a request may ask for.
+        deadline_grace_s: how much later than the request's deadline the gateway itself gives up, so that the
+            backend's own, better explained, error wins when the backend is alive.
+        max_choices: largest `n`.
+        max_prompts: most prompts in one completion request.
+        max_infer_many: most operations in one `infer_many` call.
+        max_stop_strings: most `stop` strings, of at most `max_stop_chars` characters each.
+        max_logprobs: most alternatives per token.
+        default_completion_tokens: `max_tokens` of `/v1/completions` when none is given (OpenAI's 16).
+        default_chat_tokens: the same for `/v1/chat/completions`; both are lowered to what the context has
+            left.
+
+    Raises:
+        ConfigurationError: a value is not positive, or the timeouts contradict each other.
+    """
+
+    max_body_bytes: int = 64 * MIB
+    max_json_bytes: int = 16 * MIB
+    default_timeout_s: float = 60.0
+    max_timeout_s: float = 3600.0
+    deadline_grace_s: float = 0.25
+    max_choices: int = 8
+    max_prompts: int = 128
+    max_infer_many: int = 256
+    max_stop_strings: int = 4
+    max_stop_chars: int = 256
+    max_logprobs: int = 20
+    default_completion_tokens: int = 16
+    default_chat_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+                raise ConfigurationError(f"{item.name} is {value!r}; it must be a number above 0", item.name)
+        if not self.default_timeout_s <= self.max_timeout_s <= LONGEST_TIMEOUT_S:
+            raise ConfigurationError(
+                f"default_timeout_s ({self.default_timeout_s}) <= max_timeout_s ({self.max_timeout_s}) <= "
+                f"{LONGEST_TIMEOUT_S} does not hold",
+                "max_timeout_s",
+            )
+
+
+class IncrementalText(Protocol):
+    """Decodes one sequence token by token, holding back bytes that are no whole character yet."""
+
+    def push(self, token_ids: list[int], /) -> str:
+        """The text that these tokens complete; may be empty."""
+        ...
+
+    def finish(self) -> str:
+        """What is still held back, with U+FFFD for bytes that never became a character."""
+        ...
+
+
+class TextCodec(Protocol):
+    """A tokenizer. `encode` of long texts is called from a thread and must be safe there."""
+
+    def encode(self, text: str, /, add_special_tokens: bool = True) -> list[int]:
+        """Text to token ids."""
+        ...
+
+    def decode(self, token_ids: list[int], /) -> str:
+        """Token ids to text; special tokens give no text."""
+        ...
+
+    def token_text(self, token_id: int, /) -> str:
+        """One token as text, U+FFFD where it is no whole character."""
+        ...
+
+    def incremental(self) -> IncrementalText:
+        """A decoder for one new sequence."""
+        ...
+
+    def render_chat(self, messages: list[dict[str, str]], /) -> str:
+        """The prompt that the model's chat template makes of messages with `role` and `content`.
+
+        Raises:
+            InvalidRequestError: there is no template, or it refuses these messages.
+        """
+        ...
+
+
+class GatewayContext(Protocol):
+    """Everything behind the routes."""
+
+    @property
+    def settings(self) -> ApiSettings:
+        """Limits; constant."""
+        ...
+
+    @property
+    def model(self) -> ModelInfo:
+        """The model served.
+
+        Raises:
+            UnavailableError: no router has described it yet.
+        """
+        ...
+
+    @property
+    def created_s(self) -> int:
+        """Unix time at which this application started; `created` of `/v1/models`."""
+        ...
+
+    @property
+    def tokenizer(self) -> TextCodec | None:
+        """None for a checkpoint without a tokenizer: prompts then come as token ids."""
+        ...
+
+    async def infer(self, request: InferRequest, use_cache: bool) -> InferAnswer:
+        """Answers tensor work, from the cache or from a router; cancelling it cancels the work."""
+        ...
+
+    async def generate(self, request: GenerateRequest, use_cache: bool) -> GenerateAnswer:
+        """Starts a generation. Closing `chunks` (`aclose`) cancels it, before its first item too."""
+        ...
+
+    async def ready(self) -> bool:
+        """Whether every expert group and a router have a live replica."""
+        ...
+
+    async def status(self) -> dict[str, Any]:
+        """The page of `/admin/status`, as plain values."""
+        ...
+
+    async def metrics(self) -> tuple[bytes, str]:
+        """The page of `/metrics` and its content type."""
+        ...

@@ -1,0 +1,161 @@
+"""Prompts and messages of `/v1`: checked, turned into token ids, and measured against the context."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from ...runtime.errors import ContextLengthError, InvalidRequestError
+from ...runtime.requests import ModelInfo
+from .context import ApiSettings, TextCodec
+from .fields import Fields, shown
+
+Prompt = str | list[int]
+
+_ROLES = ("system", "developer", "user", "assistant")
+_MESSAGE_FIELDS = frozenset(("role", "content"))
+# With null (or nothing in them) these say nothing; `name` is a label that chat templates do not read.
+_EMPTY_MESSAGE_FIELDS = (
+    "refusal",
+    "audio",
+    "tool_calls",
+    "function_call",
+    "annotations",
+    "reasoning_content",
+)
+_KNOWN_MESSAGE_FIELDS = _MESSAGE_FIELDS | {"name", *_EMPTY_MESSAGE_FIELDS}
+
+# No tokenizer has longer tokens: text of more characters than this times the context cannot fit.
+_MAX_TOKEN_CHARS = 256
+# Above this, encoding would hold the event loop for milliseconds.
+_THREAD_FROM_CHARS = 16_384
+
+
+def read_prompts(fields: Fields, model: ModelInfo, settings: ApiSettings) -> list[Prompt]:
+    """The prompts of a completion: a string, token ids, or a list of either.
+
+    Raises:
+        InvalidRequestError: missing, empty, too many, or a token id out of the vocabulary.
+    """
+    value = fields.values.get("prompt")
+    many: list[Any] = value if isinstance(value, list) and value and not _is_ids(value) else [value]
+    if len(many) > settings.max_prompts:
+        raise fields.wrong("prompt", f"at most {settings.max_prompts} prompts")
+    for prompt in many:
+        _check_prompt(prompt, fields, model)
+    if len({type(prompt) for prompt in many}) > 1:
+        raise fields.wrong("prompt", "all strings or all lists of token ids")
+    return many
+
+
+def _is_ids(value: list[Any]) -> bool:
+    return isinstance(value[0], int | float)
+
+
+def _check_prompt(prompt: object, fields: Fields, model: ModelInfo) -> None:
+    if isinstance(prompt, str) and prompt:
+        return
+    if not isinstance(prompt, list) or not prompt:
+        right = "a string that is not empty, a list of token ids, or a list of either"
+        raise fields.wrong("prompt", right)
+    if set(map(type, prompt)) != {int}:
+        raise InvalidRequestError("prompt: token ids must be integers", "prompt")
+    if min(prompt) < 0 or max(prompt) >= model.vocab_size:
+        bad = next(token for token in prompt if not 0 <= token < model.vocab_size)
+        raise InvalidRequestError(
+            f"prompt: token id {shown(bad)} is out of the vocabulary, 0 to {model.vocab_size - 1}", "prompt"
+        )
+
+
+def read_messages(fields: Fields) -> list[dict[str, str]]:
+    """The messages of a chat, each with a role and one text.
+
+    Raises:
+        InvalidRequestError: none, or one that is not text of a known role.
+    """
+    messages = fields.items("messages")
+    if not messages:
+        raise fields.wrong("messages", "a list of at least one message")
+    return [_message(Fields(item, f"messages[{index}].")) for index, item in enumerate(messages)]
+
+
+def _message(fields: Fields) -> dict[str, str]:
+    fields.only(_KNOWN_MESSAGE_FIELDS)
+    role = fields.text("role")
+    if role not in _ROLES:
+        raise fields.wrong("role", f"one of {', '.join(_ROLES)}; tools are not supported")
+    for name in _EMPTY_MESSAGE_FIELDS:
+        if fields.values.get(name):
+            raise fields.wrong(name, "absent: it is not supported")
+    # "developer" is OpenAI's newer word for "system"; the chat templates of open models know the old one.
+    return {"role": "system" if role == "developer" else role, "content": _content(fields)}
+
+
+def _content(fields: Fields) -> str:
+    content = fields.values.get("content")
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise fields.wrong("content", "a string or a list of text parts")
+    texts: list[str] = []
+    for index, item in enumerate(content):
+        part = Fields(item, f"{fields.prefix}content[{index}].")
+        if part.values.get("type") != "text":
+            raise part.wrong("type", "text; images, audio and files are not supported")
+        part.only(("type", "text"))
+        text = part.text("text")
+        if text is None:
+            raise part.wrong("text", "a string")
+        texts.append(text)
+    return "".join(texts)
+
+
+async def encode_all(
+    prompts: list[Prompt], codec: TextCodec | None, model: ModelInfo, special: bool
+) -> list[list[int]]:
+    """Every prompt's token ids; `special` adds the tokenizer's own (a rendered chat has them already).
+
+    Raises:
+        InvalidRequestError: there is no tokenizer, or nothing is left of a prompt.
+        ContextLengthError: a text is too long for any tokenizer.
+    """
+
+    def encode() -> list[list[int]]:
+        return [_encode(prompt, codec, model, special) for prompt in prompts]
+
+    chars = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+    return await asyncio.to_thread(encode) if chars >= _THREAD_FROM_CHARS else encode()
+
+
+def _encode(prompt: Prompt, codec: TextCodec | None, model: ModelInfo, special: bool) -> list[int]:
+    if not isinstance(prompt, str):
+        return prompt
+    if codec is None:
+        raise InvalidRequestError("this checkpoint has no tokenizer; give the prompt as token ids", "prompt")
+    if len(prompt) > model.max_context_tokens * _MAX_TOKEN_CHARS:
+        raise ContextLengthError(
+            f"the prompt has {len(prompt)} characters; the context has {model.max_context_tokens} tokens",
+            "prompt",
+        )
+    ids = codec.encode(prompt, add_special_tokens=special)
+    if not ids:
+        raise InvalidRequestError("the prompt has no tokens", "prompt")
+    return ids
+
+
+def token_budget(prompt_tokens: int, wanted: int | None, default: int, model: ModelInfo) -> int:
+    """How many tokens may be generated.
+
+    Raises:
+        ContextLengthError: the prompt, or the prompt and the tokens asked for, exceed the context.
+    """
+    left = model.max_context_tokens - prompt_tokens
+    if wanted is None and left >= 1:
+        return min(default, left)
+    if wanted is not None and wanted <= left:
+        return wanted
+    asked = f"{prompt_tokens} prompt tokens" + (f" and max_tokens {wanted}" if wanted is not None else "")
+    raise ContextLengthError(
+        f"{asked} exceed the context of {model.max_context_tokens} tokens",
+        "prompt" if wanted is None else "max_tokens",
+    )

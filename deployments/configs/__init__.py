@@ -1,0 +1,1 @@
+"""Serve configurations to start from; see README.md, "Scaling"."""

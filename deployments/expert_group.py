@@ -1,0 +1,74 @@
+"""The deployment of one expert group: loads its experts and answers their dispatches over links."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..runtime.experts.group import ExpertGroup
+from ..runtime.experts.server import ExpertGroupHandler
+from ..runtime.loop_thread import LoopThread
+from ..runtime.model.checkpoint import Checkpoint
+from ..runtime.model.families import read_spec
+from ..runtime.tensors import torch_dtype
+from .replica import LinkConfig, choose_device, identity, listen
+
+_START_TIMEOUT_S = 30.0
+CREDITS = 2  # batches that each router may keep in flight on one replica: one computing, one on its way
+
+
+@dataclass(frozen=True, slots=True)
+class GroupConfig:
+    """What a group's replica is told; plain values."""
+
+    name: str
+    folder: str
+    experts: tuple[int, ...]
+    dtype: str
+    device: str
+    threads: int
+
+
+class ExpertGroupReplica:
+    """One replica of one expert group. Serve calls the methods; tokens come over links."""
+
+    def __init__(self, config: GroupConfig, links: LinkConfig) -> None:
+        torch.set_num_threads(config.threads)
+        device = choose_device(config.device)
+        checkpoint = Checkpoint(config.folder)
+        spec = read_spec(checkpoint)
+        group = ExpertGroup.load(checkpoint, spec.experts, config.experts, torch_dtype(config.dtype), device)
+        self._config = config
+        self._fingerprint = checkpoint.fingerprint()
+        self._handler = ExpertGroupHandler(group, device)
+        # A thread of its own: computing must not hold up Serve's health checks.
+        self._thread = LoopThread(config.name)
+        self._server = self._thread.run(
+            listen(links, self._handler, links.limits, CREDITS, config.name), _START_TIMEOUT_S
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """For discovery and the status page; called by broadcast."""
+        return {
+            **identity(self._server.addresses),
+            "name": self._config.name,
+            "fingerprint": self._fingerprint,
+            **self._handler.describe(),
+        }
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Live settings: `threads`."""
+        torch.set_num_threads(int(user_config.get("threads", self._config.threads)))
+
+    def check_health(self) -> None:
+        """Raises: UnavailableError when the computing thread is dead."""
+        self._thread.check()
+
+    async def __del__(self) -> None:
+        """Called by Serve when the replica is drained and stops."""
+        if hasattr(self, "_server"):
+            self._server.drain()
+            self._thread.run(self._server.close(), _START_TIMEOUT_S)
+            self._thread.close()

@@ -1,0 +1,122 @@
+"""What all three deployments share: the replica's identity, its link server, and discovery of others."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import ssl as tls
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ray
+from ray import serve
+
+from ..runtime.links import Endpoint, LinkLimits, LinkPool, LinkServer
+from ..runtime.links.addresses import new_unix_address
+from ..runtime.links.messages import Handler
+
+_BROADCAST_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class LinkConfig:
+    """How replicas reach each other; plain values, sent to every replica."""
+
+    secret: str
+    transport: Literal["unix", "tcp", "both"]
+    limits: LinkLimits
+    refresh_s: float
+    attempt_timeout_s: float
+    tls_certificate: str | None = None
+    tls_key: str | None = None
+    tls_authority: str | None = None
+
+    def ssl(self, purpose: tls.Purpose) -> tls.SSLContext | None:
+        """The TLS context for one side of TCP links, or None where TLS is off."""
+        if self.tls_certificate is None:
+            return None
+        context = tls.create_default_context(purpose, cafile=self.tls_authority)
+        context.load_cert_chain(self.tls_certificate, self.tls_key)
+        context.check_hostname = False  # replicas move between nodes; the authority and the secret vouch for them
+        if self.tls_authority is not None:
+            context.verify_mode = tls.CERT_REQUIRED
+        return context
+
+
+def node_id() -> str:
+    """This node, as Ray names it."""
+    return str(ray.get_runtime_context().get_node_id())
+
+
+async def listen(
+    config: LinkConfig, handler: Handler, limits: LinkLimits, credits: int | None, name: str
+) -> LinkServer:
+    """A link server on every transport that the configuration asks for."""
+    server = LinkServer(handler, config.secret.encode(), limits, credits)
+    if config.transport in ("unix", "both"):
+        await server.listen_unix(new_unix_address((name,)))
+    if config.transport in ("tcp", "both"):
+        await server.listen_tcp(ray.util.get_node_ip_address(), 0, config.ssl(tls.Purpose.CLIENT_AUTH))
+    return server
+
+
+def identity(addresses: Sequence[str]) -> dict[str, Any]:
+    """The part of a replica's description that is the same for all deployments."""
+    context = serve.get_replica_context()
+    return {
+        "id": context.replica_tag,
+        "deployment": context.deployment,
+        "pid": os.getpid(),
+        "node": node_id(),
+        "address": next(iter(addresses), None),
+        "addresses": list(addresses),
+        "state": "running",
+    }
+
+
+async def describe_all(handle: Any) -> list[dict[str, Any]]:
+    """What every live replica of a deployment says of itself.
+
+    Raises:
+        Exception: whatever Ray raises while a replica is dying; ask again.
+    """
+    # Synchronous, in a thread: the caller's loop need not be the one that Serve gave the handle.
+    response = handle.broadcast("describe")
+    results = await asyncio.to_thread(response.results, timeout_s=_BROADCAST_TIMEOUT_S)
+    return list(results)
+
+
+def discover(handle: Any) -> Callable[[], Awaitable[Sequence[Endpoint]]]:
+    """Discovery for a `LinkPool`: the replicas of a deployment, through Serve's broadcast."""
+
+    async def endpoints() -> Sequence[Endpoint]:
+        return [
+            Endpoint(found["id"], found["node"], tuple(found["addresses"]), found)
+            for found in await describe_all(handle)
+        ]
+
+    return endpoints
+
+
+def make_pool(name: str, handle: Any, config: LinkConfig) -> LinkPool:
+    """Links to all replicas of a deployment."""
+    return LinkPool(
+        name,
+        discover(handle),
+        config.secret.encode(),
+        node_id(),
+        config.limits,
+        config.refresh_s,
+        config.attempt_timeout_s,
+        config.ssl(tls.Purpose.SERVER_AUTH),
+    )
+
+
+def choose_device(device: str) -> str:
+    """ "auto" is the GPU that Ray gave this replica, if any."""
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu"

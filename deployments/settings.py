@@ -1,0 +1,200 @@
+"""The application's settings, as they come from a Serve config's `args`, a YAML file or the command line.
+
+Pydantic lives at this edge only: each section turns into the frozen dataclasses of the runtime, which check values
+once more where they are used. Unknown keys are errors, so that a typing mistake never passes for a default.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..runtime.batching import BatchLimits, QueueLimits
+from ..runtime.caching import CacheLimits
+from ..runtime.embedded import CHECKPOINT
+from ..runtime.generation.scheduler import EngineLimits
+from ..runtime.links import LinkLimits
+from ..runtime.router.router import RouterLimits
+from .api.context import ApiSettings
+
+EMBEDDED_MODEL_NAME = "pimoe-embedded"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ReplicaSettings(_Section):
+    """Where and how often a deployment runs. Everything else that Serve offers can be set in the Serve config's
+    `deployments:` list under the deployment's name, and wins over this."""
+
+    num_replicas: int = Field(default=1, ge=1)
+    num_cpus: float = Field(default=1.0, ge=0)
+    num_gpus: float = Field(default=0.0, ge=0)
+    resources: dict[str, float] = Field(default_factory=dict)
+    autoscaling: dict[str, Any] | None = None
+    max_replicas_per_node: int | None = Field(default=None, ge=1)
+    threads: int = Field(default=1, ge=1, description="torch threads of one replica")
+
+
+class GroupSettings(ReplicaSettings):
+    """One expert group; `experts` are global ids (None: an even share)."""
+
+    experts: list[int] | None = None
+
+
+class LinkSettings(_Section):
+    """The data plane.
+
+    Attributes:
+        transport: "unix" (one machine), "tcp", or "both": Unix sockets within a node, TCP between nodes.
+        secret: shared by all replicas; a fresh one for every `build` when empty, or from PIMOE_LINK_SECRET.
+        tls_certificate, tls_key, tls_authority: PEM files for TLS on TCP links; mutual when all three are given.
+        attempt_timeout_s: a dispatch without an answer for so long goes to a sibling replica.
+    """
+
+    transport: Literal["unix", "tcp", "both"] = "both"
+    secret: str = ""
+    tls_certificate: str | None = None
+    tls_key: str | None = None
+    tls_authority: str | None = None
+    refresh_s: float = Field(default=1.0, gt=0)
+    attempt_timeout_s: float = Field(default=30.0, gt=0)
+    limits: dict[str, float] = Field(default_factory=dict)
+
+    def to_limits(self) -> LinkLimits:
+        """The runtime's limits.
+
+        Raises:
+            TypeError: an unknown limit.
+        """
+        return LinkLimits(**self.limits)  # type: ignore[arg-type]  # checked when made
+
+
+class BatchSettings(_Section):
+    """See `BatchLimits`."""
+
+    max_batch_tokens: int = 4096
+    max_wait_s: float = 0.005
+    max_in_flight: int = 2
+    max_patience_s: float = 1.0
+    service_margin_s: float = 0.0
+
+    def to_limits(self) -> BatchLimits:
+        """The runtime's limits."""
+        return BatchLimits(**self.model_dump())
+
+
+class QueueSettings(_Section):
+    """See `QueueLimits`."""
+
+    max_tokens: int = 262_144
+    max_items: int = 8192
+    retry_after_s: float = 1.0
+
+    def to_limits(self) -> QueueLimits:
+        """The runtime's limits."""
+        return QueueLimits(**self.model_dump())
+
+
+class EngineSettings(_Section):
+    """See `EngineLimits`."""
+
+    max_sequences: int = 32
+    max_step_tokens: int = 2048
+    max_context_tokens: int | None = None
+    max_kv_tokens: int | None = None
+    drain_s: float = 20.0
+
+    def to_limits(self) -> EngineLimits:
+        """The runtime's limits."""
+        return EngineLimits(**self.model_dump())
+
+
+class RouterSettings(ReplicaSettings):
+    """The router's replicas and bounds."""
+
+    batching: BatchSettings = Field(default_factory=BatchSettings)
+    queue: QueueSettings = Field(default_factory=QueueSettings)
+    engine: EngineSettings = Field(default_factory=EngineSettings)
+
+    def to_limits(self) -> RouterLimits:
+        """The runtime's limits."""
+        return RouterLimits(self.batching.to_limits(), self.queue.to_limits(), self.engine.to_limits())
+
+
+class CacheSettings(_Section):
+    """See `CacheLimits`; `max_bytes: 0` switches the cache off."""
+
+    max_bytes: int = 256 * 2**20
+    max_entry_bytes: int = 16 * 2**20
+    ttl_s: float = 3600.0
+
+    def to_limits(self) -> CacheLimits:
+        """The runtime's limits."""
+        return CacheLimits(**self.model_dump())
+
+
+class GatewaySettings(ReplicaSettings):
+    """The gateway's replicas, its cache, and the limits of requests (see `ApiSettings`)."""
+
+    cache: CacheSettings = Field(default_factory=CacheSettings)
+    api: dict[str, float | int] = Field(default_factory=dict)
+
+    def to_api(self) -> ApiSettings:
+        """The HTTP layer's settings.
+
+        Raises:
+            TypeError: an unknown setting.
+        """
+        return ApiSettings(**self.api)  # type: ignore[arg-type]  # checked when made
+
+
+class AppSettings(_Section):
+    """Everything `pimoe.deployments.app:build` takes.
+
+    Attributes:
+        model: folder of a checkpoint, at the same path on every node; None: the embedded model.
+        name: what requests call the model; the folder's name by default.
+        dtype: float32, bfloat16, float16; the checkpoint's own by default.
+        groups: how many expert groups, or one entry for each.
+        group_defaults: settings of the groups when `groups` is a number.
+        health_check_period_s: how soon a dead replica is noticed and replaced.
+    """
+
+    model: str | None = None
+    name: str | None = None
+    dtype: str | None = None
+    device: str = "auto"
+    groups: int | list[GroupSettings] = 2
+    group_defaults: GroupSettings = Field(default_factory=GroupSettings)
+    router: RouterSettings = Field(default_factory=RouterSettings)
+    gateway: GatewaySettings = Field(default_factory=GatewaySettings)
+    links: LinkSettings = Field(default_factory=LinkSettings)
+    health_check_period_s: float = Field(default=1.0, gt=0)
+    health_check_timeout_s: float = Field(default=30.0, gt=0)
+
+    @property
+    def folder(self) -> Path:
+        """The checkpoint's folder."""
+        return CHECKPOINT if self.model is None else Path(self.model).expanduser()
+
+    @property
+    def served_name(self) -> str:
+        """What requests call the model."""
+        if self.name:
+            return self.name
+        return EMBEDDED_MODEL_NAME if self.model is None else self.folder.resolve().name
+
+    def group_settings(self) -> list[GroupSettings]:
+        """One entry per expert group."""
+        if isinstance(self.groups, int):
+            return [self.group_defaults] * self.groups
+        return self.groups
+
+    def link_secret(self, fresh: str) -> str:
+        """The configured secret, the environment's, or `fresh`."""
+        return self.links.secret or os.environ.get("PIMOE_LINK_SECRET", "") or fresh

@@ -1,0 +1,129 @@
+"""Chat templates: a conversation as the prompt that a model was trained on, in the Jinja dialect of Hugging Face.
+
+The environment follows `transformers.utils.chat_template_utils`: sandboxed and immutable, whitespace control
+on, `loopcontrols`, `raise_exception`, `strftime_now`, an unescaped `tojson`, and `{% generation %}` blocks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import CallBlock, Node
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from ..errors import CheckpointError, InvalidRequestError
+
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+class ChatTemplate:
+    """A compiled chat template.
+
+    Args:
+        source: the template's text.
+        special_tokens: such as `bos_token`, which templates refer to by name.
+        origin: where the template came from, for errors.
+
+    Raises:
+        CheckpointError: the template is no valid Jinja.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str], origin: str) -> None:
+        try:
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise CheckpointError(f"{origin}: the chat template is no valid Jinja ({error})") from error
+        self._special_tokens = dict(special_tokens)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> str:
+        """The prompt, up to where the model's answer begins.
+
+        Args:
+            messages: objects with `role`, `content` and whatever else the template reads.
+            variables: more of what the template reads, such as `tools` or `enable_thinking`.
+
+        Raises:
+            InvalidRequestError: the template refuses the messages.
+        """
+        try:
+            return self._template.render(
+                messages=[dict(message) for message in messages],
+                **{"tools": None, "documents": None, "add_generation_prompt": True},
+                **self._special_tokens | dict(variables or {}),
+            )
+        except Exception as error:  # a template can fail in any way on messages that it did not expect
+            raise InvalidRequestError(f"the chat template refused the messages: {error}", "messages") from error
+
+
+def load_chat_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> ChatTemplate | None:
+    """The checkpoint's default chat template, from `chat_template.jinja` or `tokenizer_config.json`; None where it
+    has none.
+
+    Raises:
+        CheckpointError: the template is malformed.
+    """
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        source: Any = file.read_text(encoding="utf-8")
+    else:
+        file, source = folder / "tokenizer_config.json", tokenizer_config.get("chat_template")
+    if isinstance(source, list):  # several templates by name
+        source = next((entry.get("template") for entry in source if entry.get("name") == "default"), None)
+    if source is None:
+        return None
+    if not isinstance(source, str):
+        raise CheckpointError(f"{file}: chat_template must be a string or a list of named templates")
+    return ChatTemplate(source, _special_tokens(tokenizer_config), str(file))
+
+
+def _special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+    """Special tokens by name; the config holds each as its text or as an object with it."""
+    found = {}
+    for name in _SPECIAL_TOKENS:
+        value = tokenizer_config.get(name)
+        text = value.get("content") if isinstance(value, Mapping) else value
+        if isinstance(text, str):
+            found[name] = text
+    return found
+
+
+class _GenerationBlocks(Extension):
+    """`{% generation %}` marks what an assistant said, for training; here it passes through."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
+
+    def parse(self, parser: Parser) -> Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return CallBlock(self.call_method("_unchanged"), [], [], body).set_lineno(line)
+
+    def _unchanged(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    return environment
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """Unlike Jinja's own filter, it escapes no HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

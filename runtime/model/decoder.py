@@ -1,0 +1,215 @@
+"""The trunk of a decoder: embeddings, attention, gates, shared and dense networks, logits. Not the experts.
+
+It knows neither groups nor links: what its gates chose goes to an `ExpertDispatch`, and what comes back is
+added. It keeps no requests either: the engine says which tokens go into which slots of the cache.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..routing.strategies import Routing, RoutingStrategy, TopKSoftmax
+from .attention import Attention
+from .checkpoint import Checkpoint
+from .feed_forward import GatedFeedForward, SharedExpert
+from .kv_cache import KVCache
+from .rope import RotaryTable
+from .spec import DecoderSpec
+from .step import ForwardBatch, Segment, Step, plan_step
+from .trunk_weights import TrunkWeights
+
+__all__ = ["Decoder", "ExpertDispatch", "ForwardBatch", "KVCache", "Segment"]
+
+
+class ExpertDispatch(Protocol):
+    """Sends tokens to their experts, wherever those are, and brings back the weighted sums."""
+
+    async def __call__(self, layer: int, hidden: Tensor, routing: Routing) -> Tensor:
+        """`hidden [tokens, hidden]` in the model's dtype -> float32 `[tokens, hidden]`, the weighted sum over each
+        token's experts."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """One layer. `dense` is set where the layer has no experts; `shared` where every token passes one."""
+
+    attention_norm: Tensor
+    attention: Attention
+    feed_forward_norm: Tensor
+    dense: GatedFeedForward | None
+    shared: SharedExpert | None
+
+
+class Decoder:
+    """The trunk; make one with `load`.
+
+    Attributes:
+        spec: the model.
+        dtype, device: of weights and hidden states.
+        gates: layer -> routing strategy; may be replaced by another strategy.
+        weights_bytes: memory of the trunk's tensors.
+    """
+
+    def __init__(self, spec: DecoderSpec, weights: TrunkWeights, dtype: torch.dtype, device: torch.device) -> None:
+        self.spec, self.dtype, self.device = spec, dtype, device
+        self._embedding = weights.read("model.embed_tokens.weight", spec.vocab_size, spec.hidden_size)
+        self._layers = [_read_layer(spec, weights, layer) for layer in range(spec.num_layers)]
+        self.gates: dict[int, RoutingStrategy] = {
+            layer: TopKSoftmax(weights.gate(layer), spec.top_k, spec.renormalize, spec.round_gate_weights)
+            for layer in spec.experts.moe_layers
+        }
+        self._norm = weights.norm("model.norm")
+        self._head = self._embedding
+        if not spec.tie_word_embeddings:
+            self._head = weights.read("lm_head.weight", spec.vocab_size, spec.hidden_size)
+        self._rotary = RotaryTable(spec.rope, spec.head_dim, device)
+        self.weights_bytes = weights.nbytes
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        spec: DecoderSpec,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Decoder:
+        """Reads the trunk's tensors, and no expert's.
+
+        Args:
+            checkpoint: the folder.
+            spec: from `read_spec(checkpoint)`.
+            dtype: of weights and hidden states; None for the config's.
+            device: where to compute.
+
+        Raises:
+            CheckpointError: a tensor is missing or has another shape.
+        """
+        dtype, device = dtype or getattr(torch, spec.dtype), torch.device(device)
+        return cls(spec, TrunkWeights(checkpoint, spec, dtype, device), dtype, device)
+
+    def new_cache(self, max_sequences: int, max_tokens: int) -> KVCache:
+        """An empty KV cache for this model; `max_tokens` bounds each sequence."""
+        spec = self.spec
+        return KVCache(
+            spec.num_layers,
+            spec.num_kv_heads,
+            spec.head_dim,
+            max_sequences,
+            min(max_tokens, spec.max_context_tokens),
+            self.dtype,
+            self.device,
+        )
+
+    async def forward(self, batch: ForwardBatch, cache: KVCache, experts: ExpertDispatch) -> Tensor:
+        """New tokens of several sequences through the whole model.
+
+        A forward that fails or is cancelled leaves `cache` fit for the same forward again. Of the last layer
+        only the rows in `output_rows` are computed beyond attention, so its experts see no others.
+
+        Args:
+            batch: prefill and decode mixed as it comes.
+            cache: holds what came before; gets the new tokens' keys and values.
+            experts: awaited once per MoE layer, with `[tokens, hidden]` (`[outputs, hidden]` in the last layer).
+
+        Returns:
+            Logits `[outputs, vocab]`, float32.
+
+        Raises:
+            ContextLengthError: a sequence outgrows the cache. Whatever `experts` raises.
+        """
+        step, rotary, hidden = self._begin(batch, cache)
+        for index, layer in enumerate(self._layers):
+            last = index == len(self._layers) - 1
+            hidden, normed = self._attend(layer, hidden, step, rotary, cache, step.output_rows if last else None)
+            if layer.dense is not None:
+                hidden = _add(hidden, layer.dense, normed)
+            elif normed.shape[0]:
+                routing = self._route(index, normed)
+                shared_out, expert_out = await _through_experts(layer.shared, index, normed, routing, experts)
+                hidden = _combine(hidden, expert_out, shared_out)
+        return self._logits(hidden)
+
+    @torch.inference_mode()
+    def _begin(self, batch: ForwardBatch, cache: KVCache) -> tuple[Step, tuple[Tensor, Tensor], Tensor]:
+        cache.prepare([(segment.slot, segment.end) for segment in batch.segments])
+        step = plan_step(batch, set(self.spec.sliding_windows), self.dtype, self.device)
+        rotary = self._rotary.rows(step.positions, step.length, self.dtype)
+        return step, rotary, F.embedding(batch.token_ids.to(self.device), self._embedding)
+
+    @torch.inference_mode()
+    def _attend(
+        self,
+        layer: DecoderLayer,
+        hidden: Tensor,
+        step: Step,
+        rotary: tuple[Tensor, Tensor],
+        cache: KVCache,
+        rows: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream after attention, and what the feed-forward part of the layer reads."""
+        normed = self._rms_norm(hidden, layer.attention_norm)
+        hidden = hidden + layer.attention(normed, step, rotary, cache)
+        if rows is not None:
+            hidden = hidden.index_select(0, rows)
+        return hidden, self._rms_norm(hidden, layer.feed_forward_norm)
+
+    @torch.inference_mode()
+    def _route(self, layer: int, normed: Tensor) -> Routing:
+        return self.gates[layer](normed)
+
+    @torch.inference_mode()
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return F.linear(self._rms_norm(hidden, self._norm), self._head).float()
+
+    def _rms_norm(self, hidden: Tensor, scale: Tensor) -> Tensor:
+        # The scale outside: the reference rounds to the model's dtype before it, the fused kernel after it.
+        return F.rms_norm(hidden, (self.spec.hidden_size,), None, self.spec.norm_eps) * scale
+
+
+def _read_layer(spec: DecoderSpec, weights: TrunkWeights, layer: int) -> DecoderLayer:
+    prefix, has_experts = f"model.layers.{layer}", layer in spec.experts.moe_layers
+    return DecoderLayer(
+        attention_norm=weights.norm(f"{prefix}.input_layernorm"),
+        attention=Attention(layer, spec, weights.attention(layer)),
+        feed_forward_norm=weights.norm(f"{prefix}.post_attention_layernorm"),
+        dense=None if has_experts else weights.dense(layer),
+        shared=weights.shared_expert(layer) if has_experts else None,
+    )
+
+
+async def _through_experts(
+    shared: SharedExpert | None, layer: int, normed: Tensor, routing: Routing, experts: ExpertDispatch
+) -> tuple[Tensor | None, Tensor]:
+    """The shared expert's output, if there is one, and the routed experts' sum, computed at the same time."""
+    if shared is None:
+        return None, await experts(layer, normed, routing)
+    dispatch = asyncio.ensure_future(experts(layer, normed, routing))
+    try:
+        await asyncio.sleep(0)  # the dispatch starts only when this coroutine yields
+        shared_out = _apply(shared, normed)
+        return shared_out, await dispatch
+    finally:
+        dispatch.cancel()  # does nothing once it is done
+
+
+@torch.inference_mode()
+def _apply(shared: SharedExpert, normed: Tensor) -> Tensor:
+    return shared(normed)
+
+
+@torch.inference_mode()
+def _add(hidden: Tensor, network: GatedFeedForward, normed: Tensor) -> Tensor:
+    return hidden + network(normed)
+
+
+@torch.inference_mode()
+def _combine(hidden: Tensor, routed: Tensor, shared: Tensor | None) -> Tensor:
+    out = routed.to(device=hidden.device, dtype=hidden.dtype)
+    return hidden + (out if shared is None else out + shared)

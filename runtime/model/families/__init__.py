@@ -1,0 +1,51 @@
+"""Model families: how the `config.json` of each becomes a spec.
+
+To add one: write a module here with `read(source: FamilyInput) -> DecoderSpec` that names the tensors of the
+experts and sets what differs from its siblings (`common_fields` reads the rest), add it to `FAMILIES` under
+its `model_type`, and add the family to `tests/checkpoints.py`, which puts it through every parity test against
+transformers. A numeric feature that the trunk lacks is first built in `attention` or `decoder` behind a field
+of `DecoderSpec`; until then the family must refuse it with a ConfigurationError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from ...errors import UnknownFamilyError
+from ..checkpoint import Checkpoint
+from ..config_fields import ConfigFields
+from ..spec import ModelSpec
+from . import layer, mixtral, olmoe, qwen2_moe, qwen3_moe
+from .common import FamilyInput
+
+FAMILIES: Mapping[str, Callable[[FamilyInput], ModelSpec]] = {
+    "mixtral": mixtral.read,
+    "olmoe": olmoe.read,
+    "pimoe_layer": layer.read,
+    "qwen2_moe": qwen2_moe.read,
+    "qwen3_moe": qwen3_moe.read,
+}
+
+
+def read_spec(checkpoint: Checkpoint) -> ModelSpec:
+    """What the checkpoint needs, from its config.json and generation_config.json.
+
+    Raises:
+        UnknownFamilyError: `model_type` is not in `FAMILIES`.
+        ConfigurationError: a field is missing, malformed, or would change numbers and is not implemented.
+        CheckpointError: generation_config.json is no JSON object.
+    """
+    config = ConfigFields(checkpoint.config, str(checkpoint.folder / "config.json"))
+    family = config.text("model_type")
+    if family not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise UnknownFamilyError(f"{config.source}: unknown model_type {family!r}; known: {known}", "model_type")
+    generation = checkpoint.optional_json("generation_config.json") or {}
+    generation_fields = ConfigFields(generation, str(checkpoint.folder / "generation_config.json"))
+    return FAMILIES[family](FamilyInput(config, generation_fields, _stored_dtype(checkpoint)))
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> str:
+    """The dtype of the first tensor, such as "bfloat16"; families look only where the config names none."""
+    names = checkpoint.names
+    return str(checkpoint.dtype(names[0])).removeprefix("torch.") if names else "float32"

@@ -1,0 +1,79 @@
+"""Opening a checkpoint for serving: which model it is, and the parts that the router holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..requests import ModelInfo
+from ..routing.strategies import RoutingStrategy
+from ..tensors import dtype_name, torch_dtype
+from .checkpoint import Checkpoint
+from .decoder import Decoder
+from .layer_model import load_gate
+from .families import read_spec
+from .spec import DecoderSpec, ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Trunk:
+    """Everything of a model but its experts.
+
+    Attributes:
+        gates: routing strategy of every MoE layer.
+        decoder: None for a layer model.
+        weights_bytes: held by the trunk.
+    """
+
+    info: ModelInfo
+    gates: Mapping[int, RoutingStrategy]
+    decoder: Decoder | None
+    weights_bytes: int
+
+
+def serving_dtype(spec: ModelSpec, dtype: str | None) -> str:
+    """The dtype that a model is served in: the wanted one, else the checkpoint's own.
+
+    Raises:
+        ConfigurationError: no dtype that pimoe computes in.
+    """
+    return dtype_name(torch_dtype(dtype or spec.dtype))
+
+
+def load_trunk(folder: Path, name: str | None = None, dtype: str | None = None, device: str = "cpu") -> Trunk:
+    """Load a checkpoint's trunk, and nothing of its experts.
+
+    Args:
+        name: what the model is called in requests; the folder's name by default.
+
+    Raises:
+        CheckpointError, UnknownFamilyError, ConfigurationError.
+    """
+    checkpoint = Checkpoint(folder)
+    spec = read_spec(checkpoint)
+    served_in = serving_dtype(spec, dtype)
+    info = _describe(checkpoint, spec, name or folder.resolve().name, served_in)
+    if isinstance(spec, DecoderSpec):
+        decoder = Decoder.load(checkpoint, spec, torch_dtype(served_in), device)
+        return Trunk(info, decoder.gates, decoder, decoder.weights_bytes)
+    gate = load_gate(checkpoint, spec, torch_dtype(served_in), device)
+    return Trunk(info, {spec.experts.moe_layers[0]: gate}, None, gate.weight.nbytes)
+
+
+def _describe(checkpoint: Checkpoint, spec: ModelSpec, name: str, dtype: str) -> ModelInfo:
+    is_decoder = isinstance(spec, DecoderSpec)
+    return ModelInfo(
+        name=name,
+        kind="decoder" if is_decoder else "layer",
+        family=spec.family,
+        dtype=dtype,
+        hidden_size=spec.experts.hidden_size,
+        num_experts=spec.experts.num_experts,
+        top_k=spec.top_k,
+        moe_layers=spec.experts.moe_layers,
+        vocab_size=spec.vocab_size if isinstance(spec, DecoderSpec) else 0,
+        max_context_tokens=spec.max_context_tokens if isinstance(spec, DecoderSpec) else 0,
+        eos_token_ids=spec.eos_token_ids if isinstance(spec, DecoderSpec) else (),
+        weights_digest=checkpoint.digest(),
+    )
