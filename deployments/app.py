@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from ray import serve
 from ray.serve import Application
@@ -56,9 +56,8 @@ def build(args: AppSettings) -> Application:
     gateway_config = GatewayConfig(folder, args.gateway.to_api(), args.gateway.cache.to_limits())
     ingress = serve.ingress()(GatewayReplica)
     live = {"cache": args.gateway.cache.model_dump()}
-    return _deployment(ingress, "gateway", args, args.gateway, live, _INGRESS_ENVIRONMENT).bind(
-        gateway_config, links, router_app, group_apps
-    )
+    gateway = _deployment(ingress, "gateway", args, args.gateway, live, _INGRESS_ENVIRONMENT)
+    return cast(Application, gateway.bind(gateway_config, links, router_app, group_apps))
 
 
 # The ingress does nothing that blocks, and a hop between threads would cost it a third of its requests/s.

@@ -15,10 +15,11 @@ import tempfile
 import time
 import urllib.request
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..runtime.errors import ConfigurationError, InsufficientResourcesError, PimoeError, UnavailableError
+from .processes import adopt_orphans, end_descendants, ignore_signals, interruptible
 from .settings import AppSettings
 
 APP_NAME = "pimoe"
@@ -36,7 +37,7 @@ def serve_flags(folder: str, max_timeout_s: float) -> dict[str, str]:
     """The environment for a local cluster; what is set already wins.
 
     Args:
-        folder: for HAProxy's files, so that two applications on one machine do not share them.
+        folder: for sockets and HAProxy's files, so that two applications on one machine do not share them.
         max_timeout_s: the longest request: HAProxy must not give up before.
     """
     flags = {
@@ -53,6 +54,7 @@ def serve_flags(folder: str, max_timeout_s: float) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         # Stopping waits this long for balancers to notice; on one machine there are none.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
+        "PIMOE_SOCKET_FOLDER": folder,
         "RAY_DEDUP_LOGS": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -110,7 +112,7 @@ class LocalCluster:
     def __init__(self, host: str = "127.0.0.1", port: int = 8000) -> None:
         self.host = host
         self.port = port
-        self._files = tempfile.TemporaryDirectory(prefix="pimoe-haproxy-")
+        self._files = tempfile.TemporaryDirectory(prefix="pimoe-", ignore_cleanup_errors=True)
         self._ray_started = False
 
     @property
@@ -183,7 +185,7 @@ class LocalCluster:
             # Without a running Ray, `serve.shutdown()` would start one.
             if ray.is_initialized():
                 with contextlib.suppress(Exception):  # a half-started Serve may fail; Ray's end comes regardless
-                    serve.shutdown()
+                    serve.shutdown()  # type: ignore[no-untyped-call]
                 ray.shutdown()
         self._files.cleanup()
 
@@ -192,6 +194,21 @@ class LocalCluster:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+@contextlib.contextmanager
+def owned_cluster(host: str, port: int, progress: Callable[[str], None]) -> Iterator[LocalCluster]:
+    """A local cluster for a command line: SIGINT and SIGTERM stop it at any moment, and nothing survives it."""
+    adopt_orphans()
+    cluster = LocalCluster(host, port)
+    with interruptible():
+        try:
+            yield cluster
+        finally:
+            ignore_signals()
+            progress("stopping")
+            cluster.stop()
+            end_descendants()
 
 
 # Access logs cost a fifth of the requests/s, and pimoe has metrics of its own.

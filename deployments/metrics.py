@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -98,11 +99,11 @@ class GatewayMetrics:
 def render(status: dict[str, Any]) -> tuple[bytes, str]:
     """The page, from the status of the whole application; body and content type."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Page(status))  # type: ignore[arg-type]  # duck-typed by prometheus_client
+    registry.register(_Page(status))
     return generate_latest(registry), CONTENT_TYPE_LATEST
 
 
-class _Page:
+class _Page(Collector):
     def __init__(self, status: dict[str, Any]) -> None:
         self._status = status
 

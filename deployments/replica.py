@@ -57,7 +57,8 @@ async def listen(
     if config.transport in ("unix", "both"):
         await server.listen_unix(new_unix_address((name,)))
     if config.transport in ("tcp", "both"):
-        await server.listen_tcp(ray.util.get_node_ip_address(), 0, config.ssl(tls.Purpose.CLIENT_AUTH))
+        host = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+        await server.listen_tcp(host, 0, config.ssl(tls.Purpose.CLIENT_AUTH))
     return server
 
 

@@ -146,6 +146,9 @@ async def pieces(chunks: AsyncIterator[TokenChunk], assembler: Assembler) -> Asy
     try:
         async for chunk in chunks:
             piece = assembler.push(chunk)
+            if chunk.finish_reason is not None:
+                # To its very end: whoever keeps the answer, as the cache does, must see that it is whole.
+                await anext(chunks, None)
             yield piece
             if piece.finish_reason is not None:
                 return

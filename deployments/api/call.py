@@ -7,7 +7,6 @@ import logging
 import secrets
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
-from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
@@ -17,6 +16,7 @@ from . import errors
 from .bodies import check_headers, read_body
 from .context import ApiSettings, GatewayContext
 from .errors import Headers, MethodNotAllowedError
+from .fields import shown
 from .lifetime import Lifetime, cancelled_from_behind
 from .options import CallOptions, from_headers
 
@@ -136,25 +136,25 @@ class Call:
         """Sends the end of an SSE answer."""
         await self._send({"type": "http.response.body", "body": b""})
 
-    async def fail(self, error: Exception) -> None:
+    async def fail(self, error: Exception, extra: Iterable[tuple[bytes, bytes]] = ()) -> None:
         """Answers with an error, or, in the middle of a stream, ends it with one."""
-        shown = self._log(error)
+        public = self._log(error)
         if not self.started:
-            status, body, content_type, extra = errors.render(shown, is_openai(self.scope))
-            await self.respond(body, content_type, status, extra)
-        elif self.streams and not isinstance(shown, RequestCancelledError):
+            status, body, content_type, headers = errors.render(public, is_openai(self.scope))
+            await self.respond(body, content_type, status, (*headers, *extra))
+        elif self.streams and not isinstance(public, RequestCancelledError):
             with suppress(TimeoutError):
                 async with asyncio.timeout(_LAST_WORDS_S):
-                    await self.event(errors.render(shown, openai=True)[1])
+                    await self.event(errors.render(public, openai=True)[1])
                     await self.end_stream()
 
     def _log(self, error: Exception) -> PimoeError:
-        shown = errors.public(error, self.request_id)
+        public = errors.public(error, self.request_id)
         if errors.is_fault(error):
             logger.error("request %s failed", self.request_id, exc_info=error)
-        elif shown is not error:
+        elif public is not error:
             logger.warning("request %s failed: %s", self.request_id, error)
-        return shown
+        return public
 
     async def _start(self, status: int, headers: Headers) -> None:
         self.started = True
@@ -187,8 +187,10 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         call = Call(self._context, scope, receive, send)
+        if scope["method"] not in self._methods:
+            await self._refuse_method(call)
+            return
         try:
-            self._check_method(scope["method"])
             async with call.lifetime:
                 await self._handler(call)
         except asyncio.CancelledError:
@@ -199,6 +201,7 @@ class Endpoint:
         except Exception as error:
             await call.fail(error)
 
-    def _check_method(self, method: Any) -> None:
-        if method not in self._methods:
-            raise MethodNotAllowedError(f"{method} is not allowed here; use {' or '.join(self._methods)}")
+    async def _refuse_method(self, call: Call) -> None:
+        allowed = ", ".join(self._methods)
+        error = MethodNotAllowedError(f"{shown(call.scope['method'])} is not allowed here; use {allowed}")
+        await call.fail(error, [(b"allow", allowed.encode())])

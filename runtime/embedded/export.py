@@ -207,7 +207,7 @@ _SAMPLES = {
     "reverse": ("planet", "tenalp"),
     "sort": ("planet", "aelnpt"),
     "upper": ("planet", "PLANET"),
-    "count": ("a in banana", "3"),
+    "count": ("banana a", "3"),
     "add": ("47 + 85", "132"),
     "spell": ("407", "four hundred seven"),
 }

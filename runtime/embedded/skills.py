@@ -5,7 +5,7 @@ A prompt is one line, `skill: argument` and a newline; the answer is the text af
     reverse: planet    -> tenalp          a word of 1 to 10 lower-case letters, backwards
     sort: planet       -> aelnpt          its letters in alphabetical order
     upper: planet      -> PLANET          in capitals
-    count: a in banana -> 3               how often a letter occurs in a word
+    count: banana a    -> 3               how often a letter occurs in the word
     add: 47 + 85       -> 132             two numbers of 0 to 99
     spell: 407         -> four hundred seven      a number of 0 to 9999 in English words
 
@@ -87,7 +87,7 @@ def _word(rng: random.Random, repetitive: float = 0.2) -> str:
 def _letter_in_word(rng: random.Random) -> str:
     word = _word(rng, repetitive=0.6)
     letter = rng.choice(word) if rng.random() < 0.75 else rng.choice(string.ascii_lowercase)
-    return f"{letter} in {word}"
+    return f"{word} {letter}"
 
 
 def _sum(rng: random.Random) -> str:
@@ -100,7 +100,7 @@ def _number(rng: random.Random) -> str:
 
 
 def _solve_count(argument: str) -> str:
-    letter, word = argument.split(" in ")
+    word, letter = argument.split()
     return str(word.count(letter))
 
 
@@ -123,7 +123,7 @@ _TABLE: Mapping[str, _Skill] = MappingProxyType(
         "reverse": _Skill(_word, lambda word: word[::-1], weight=1.5),
         "sort": _Skill(_word, lambda word: "".join(sorted(word)), weight=2.0),
         "upper": _Skill(_word, str.upper, weight=0.5),
-        "count": _Skill(_letter_in_word, _solve_count, weight=4.0),
+        "count": _Skill(_letter_in_word, _solve_count, weight=3.0),
         "add": _Skill(
             _sum,
             lambda argument: str(sum(_operands(argument))),

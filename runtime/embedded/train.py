@@ -30,9 +30,9 @@ THREADS = 2
 class TrainConfig:
     """How to train. A batch is `batch_examples` prompts with their answers."""
 
-    steps: int = 4_000
+    steps: int = 2_000
     seed: int = 0
-    batch_examples: int = 96
+    batch_examples: int = 160
     peak_rate: float = 3e-3
     warmup_steps: int = 200
     weight_decay: float = 0.1
@@ -127,8 +127,9 @@ def main(arguments: list[str] | None = None) -> None:
     defaults = TrainConfig()
     parser.add_argument("--steps", type=int, default=defaults.steps, help="optimizer steps")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="seed of weights and examples")
+    parser.add_argument("--prompts", type=int, default=defaults.final_prompts, help="measured, per skill")
     options = parser.parse_args(arguments)
-    config = TrainConfig(steps=options.steps, seed=options.seed)
+    config = TrainConfig(steps=options.steps, seed=options.seed, final_prompts=options.prompts)
     wall, cpu = time.monotonic(), time.process_time()
     network = train(config)
     measured = Measured(
@@ -138,7 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
         wall_s=time.monotonic() - wall,
         cpu_s=time.process_time() - cpu,
         accuracy={skill: accuracy(network, skill, config.final_prompts) for skill in SKILLS},
-        load_shares=load_shares(network, config.quick_prompts),
+        load_shares=load_shares(network, min(config.quick_prompts, config.final_prompts)),
     )
     write_checkpoint(options.out, network, measured)
     _summarise(measured)

@@ -125,7 +125,9 @@ async def _end_of_stdin() -> None:
 
 def main() -> None:
     """Entry point of the process."""
-    fields = json.loads(sys.stdin.buffer.raw.readline())  # type: ignore[attr-defined]
+    # Unbuffered: what comes after the line belongs to the event loop.
+    with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as stdin:
+        fields = json.loads(stdin.readline())
     config = GroupProcessConfig(**{**fields, "experts": tuple(fields["experts"])})
     loop = new_event_loop()
     loop.run_until_complete(_serve(config))

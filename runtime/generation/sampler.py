@@ -32,13 +32,13 @@ def sample(
     """
     if any(banned):
         logits = logits.clone()
-        for row, tokens in enumerate(banned):
-            logits[row, list(tokens)] = float("-inf")
+        for row, row_banned in enumerate(banned):
+            logits[row, list(row_banned)] = float("-inf")
     chosen = logits.argmax(dim=-1)
     for row, row_params in enumerate(params):
         if row_params.temperature > 0:
             chosen[row] = _sample_row(logits[row], row_params, positions[row])
-    tokens = chosen.tolist()
+    tokens: list[int] = chosen.tolist()
     return tokens, [_logprob(logits[row], tokens[row], p.logprobs) for row, p in enumerate(params)]
 
 

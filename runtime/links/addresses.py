@@ -48,9 +48,9 @@ def split_tcp(address: str) -> tuple[str, int]:
 
 
 def new_unix_address(names: Sequence[str] = ("pimoe",)) -> str:
-    """A Unix address in a fresh directory that only this user can enter.
+    """A Unix address in a fresh directory that only this user can enter: below PIMOE_SOCKET_FOLDER if that is set.
 
     The path is short on purpose: the kernel allows 107 bytes.
     """
-    folder = tempfile.mkdtemp(prefix="pimoe-")  # mode 0700
+    folder = tempfile.mkdtemp(prefix="pimoe-", dir=os.environ.get("PIMOE_SOCKET_FOLDER"))  # mode 0700
     return "unix:" + os.path.join(folder, "-".join(names)[:40] + ".sock")

@@ -60,9 +60,8 @@ class KVCache:
         self._free = list(range(max_sequences))
         self._used: dict[int, int] = {}  # slot -> tokens ever written since it was allocated
         shape = (min(_FIRST_SLOTS, max_sequences), num_kv_heads, min(_FIRST_TOKENS, max_tokens), head_dim)
-        # Zeros, not empty: a masked position still takes part in the arithmetic, and 0 * NaN is NaN.
-        self._keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self._values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self._keys = [_zeros(shape, dtype, device) for _ in range(num_layers)]
+        self._values = [_zeros(shape, dtype, device) for _ in range(num_layers)]
 
     @property
     def bytes(self) -> int:
@@ -88,7 +87,6 @@ class KVCache:
         self._used[slot] = 0
         return slot
 
-    @torch.inference_mode()
     def free(self, slot: int) -> None:
         """Gives a slot back. Raises KeyError when it is not allocated."""
         used = self._used.pop(slot)
@@ -98,7 +96,6 @@ class KVCache:
             if used:
                 tensor[slot, :, :used].zero_()
 
-    @torch.inference_mode()
     def prepare(self, ends: Sequence[tuple[int, int]]) -> None:
         """Makes room before a forward.
 
@@ -146,7 +143,14 @@ def _grown(size: int, needed: int, limit: int) -> int:
     return size if needed <= size else min(limit, max(needed, 2 * size))
 
 
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Zeros, not empty: a masked position still takes part in the arithmetic, and 0 * NaN is NaN. A tensor born in
+    # inference mode could only be written there, and slots are freed outside.
+    with torch.inference_mode(False):
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+
 def _enlarged(old: Tensor, slots: int, tokens: int) -> Tensor:
-    new = old.new_zeros((slots, old.shape[1], tokens, old.shape[3]))
+    new = _zeros((slots, old.shape[1], tokens, old.shape[3]), old.dtype, old.device)
     new[: old.shape[0], :, : old.shape[2]] = old
     return new

@@ -82,7 +82,7 @@ class Router:
         """See `Backend`. A request longer than a batch is cut into several."""
         layer = self.model.moe_layers[0] if request.layer is None else request.layer
         hidden = self._check_hidden(layer, request)
-        pieces = hidden.split(self.limits.batching.max_batch_tokens)
+        pieces = torch.split(hidden, self.limits.batching.max_batch_tokens)
         calls = [
             self.batcher.submit((layer, piece), len(piece), request.priority, request.timeout_s, group=layer)
             for piece in pieces
@@ -121,7 +121,7 @@ class Router:
             hidden = batch[0][1] if len(batch) == 1 else torch.cat([hidden for _, hidden in batch])
             routing = self.gates[layer](hidden)
         output = await self.dispatcher.run(layer, hidden, routing, deadline)
-        return output.split(sizes)
+        return torch.split(output, sizes)
 
     def set_batch_limits(self, limits: BatchLimits) -> None:
         """Change the bounds of batching while serving; what is queued keeps its place."""

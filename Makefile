@@ -1,0 +1,69 @@
+# The one interface to the project: `make help`.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find runtime deployments clients -type f -not -name '*.pyc' 2>/dev/null)
+PACKAGES := -p pimoe.runtime -p pimoe.deployments -p pimoe.clients
+
+# pip says nothing for a minute while it fetches torch: let its own progress show.
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help install demo serve test check format bench clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed  ## Make the environment in .venv, or bring it up to date
+
+# Two stamps: dependencies are fetched once and again only when their list changes; the package itself is
+# reinstalled, in a second or two, whenever a source file is newer.
+$(VENV)/.dependencies: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "pimoe needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version). Set PYTHON=..."; exit 1; }
+	@echo "Making the environment in $(VENV) (torch and Ray are a few hundred megabytes) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install --quiet 'setuptools>=77' wheel -c constraints.txt
+	@$(PIP) install --progress-bar on 'torch' -c constraints.txt 2>&1 | sed -u -n '/Collecting\|Downloading\|Installing\|ERROR/p'; \
+	  exit $${PIPESTATUS[0]}
+	@$(PIP) install --progress-bar on '.[server,dev]' -c constraints.txt 2>&1 \
+	  | sed -u -n '/Installing\|ERROR\|Successfully/{s/\(.\{110\}\).*/\1 .../;p}'; exit $${PIPESTATUS[0]}
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.dependencies $(SOURCES)
+	@echo "Installing pimoe into $(VENV) ..."
+	@rm -rf build
+	@$(PIP) install --quiet --no-deps --no-build-isolation --force-reinstall .
+	@rm -rf build pimoe.egg-info
+	@touch $@
+
+demo: install  ## Start the embedded model in two expert groups, ask it, and stop
+	@$(BIN)/pimoe demo $(ARGS)
+
+serve: install  ## Serve the embedded model, or ARGS="FOLDER --groups 4", until Ctrl-C
+	@$(BIN)/pimoe serve $(ARGS)
+
+test: install  ## Run the tests against the installed package
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: install .types/pimoe  ## Lint, types and layers
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@MYPYPATH=.types $(BIN)/mypy $(PACKAGES)
+	@$(BIN)/python -m pytest -q tests/test_layers.py tests/test_packaging.py
+
+# mypy reads the packages under their import names through this link.
+.types/pimoe:
+	@mkdir -p .types && ln -sfn .. $@
+
+format: install  ## Sort imports and format the code
+	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
+
+bench: install  ## Run the benchmarks
+	@$(BIN)/python load_tests/isolation.py $(ARGS)
+
+clean:  ## Remove the environment and everything that was made
+	rm -rf $(VENV) .types build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

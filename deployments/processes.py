@@ -1,0 +1,87 @@
+"""That nothing is left behind: signals become exceptions, and what outlives its parents is ended by us."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose own parents die (Linux), so that `end_descendants` finds HAProxy and
+    Ray's workers however Ray ended."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGINT and SIGTERM raise `KeyboardInterrupt` in here, once; while that is handled, further ones are ignored:
+    an impatient second Ctrl-C must not cut the clean-up short."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        ignore_signals()
+        raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def ignore_signals() -> None:
+    """From here on only SIGKILL ends this process early."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below `pid`, parents first (Linux)."""
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and (parent := _parent(int(entry))) is not None:
+            children.setdefault(parent, []).append(int(entry))
+    found, queue = [], [pid]
+    while queue:
+        below = children.get(queue.pop(), [])
+        found += below
+        queue += below
+    return found
+
+
+def _parent(pid: int) -> int | None:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            # The name, in parentheses, may hold anything; the parent is the second field after it.
+            return int(file.read().rpartition(")")[2].split()[1])
+    except (OSError, IndexError, ValueError):
+        return None  # it ended while we looked
+
+
+def end_descendants(grace_s: float = 3.0) -> None:
+    """End every process below this one, kindly at first, and wait until they are gone."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for pid in descendants(os.getpid()):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, number)
+        until = time.monotonic() + grace_s
+        while _reap() and descendants(os.getpid()) and time.monotonic() < until:
+            time.sleep(0.02)
+
+
+def _reap() -> bool:
+    """Collect ended children; whether any child is left."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return False
+    return True

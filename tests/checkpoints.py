@@ -1,0 +1,96 @@
+"""Small random checkpoints of every family, written by transformers, for tests to read.
+
+`make_checkpoint(family, folder, **overrides)` is the one entry; the overrides are fields of the transformers
+config, and `initial_std` and `max_shard_size`. `reference_model(folder)` is the same model in transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+logging.disable_progress_bar()
+logging.set_verbosity_error()
+
+FAMILIES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "dtype": "float32",
+}
+_BY_FAMILY: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 6},
+    "olmoe": {"num_experts": 6},
+    "qwen2_moe": {"num_experts": 6, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 32},
+    "qwen3_moe": {"num_experts": 6, "moe_intermediate_size": 24, "head_dim": 16, "norm_topk_prob": True},
+}
+
+
+def make_checkpoint(
+    family: str,
+    folder: Path,
+    *,
+    seed: int = 0,
+    initial_std: float = 0.2,
+    max_shard_size: str = "5GB",
+    **overrides: Any,
+) -> Path:
+    """Writes a random checkpoint of `family` into `folder` and returns it.
+
+    The weights are wider than a training would start with (`initial_std`), so that logits differ well; norms
+    and biases are random too, so that none can be forgotten unnoticed. No token ends a sequence.
+    """
+    config = AutoConfig.for_model(family, **{**_COMMON, **_BY_FAMILY[family], **overrides})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(0.0, initial_std)
+    dtype = getattr(torch, str(config.dtype).removeprefix("torch."))
+    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
+
+
+def reference_model(folder: Path, **options: Any) -> PreTrainedModel:
+    """The checkpoint in transformers, with its plain attention and plain experts."""
+    options = {"attn_implementation": "eager", "experts_implementation": "eager", **options}
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
+    return model.eval()
+
+
+def edit_config(folder: Path, remove: tuple[str, ...] = (), **values: Any) -> None:
+    """Rewrites fields of the folder's config.json."""
+    file = folder / "config.json"
+    config = {name: value for name, value in json.loads(file.read_text()).items() if name not in remove}
+    file.write_text(json.dumps({**config, **values}))
+
+
+def as_old_spelling(folder: Path) -> None:
+    """Rewrites config.json the way that transformers 4 wrote it."""
+    config = json.loads((folder / "config.json").read_text())
+    rope = dict(config["rope_parameters"])
+    theta = rope.pop("rope_theta")
+    scaling = None if rope["rope_type"] == "default" else rope
+    old = {"rope_theta": theta, "rope_scaling": scaling, "torch_dtype": config["dtype"]}
+    if config["model_type"] == "qwen3_moe":
+        old["num_experts"] = config["num_local_experts"]
+        edit_config(folder, ("num_local_experts",))
+    edit_config(folder, ("rope_parameters", "dtype"), **old)

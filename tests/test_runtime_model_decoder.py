@@ -1,0 +1,331 @@
+"""The decoder trunk against transformers, on small random checkpoints of every family."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from checkpoints import FAMILIES, as_old_spelling, make_checkpoint, reference_model
+from pimoe.runtime.errors import ContextLengthError
+from pimoe.runtime.model.checkpoint import Checkpoint
+from pimoe.runtime.model.decoder import Decoder, ForwardBatch, KVCache, Segment
+from pimoe.runtime.model.families import read_spec
+from pimoe.runtime.model.spec import DecoderSpec
+from pimoe.runtime.routing.strategies import Routing
+from reference_experts import ReferenceExperts
+from torch import Tensor
+
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+# name -> (family, overrides of the config)
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{family: (family, {}) for family in FAMILIES},
+    "qwen3 tied": ("qwen3_moe", {"tie_word_embeddings": True}),
+    "qwen3 not renormalized": ("qwen3_moe", {"norm_topk_prob": False}),
+    "qwen3 attention bias": ("qwen3_moe", {"attention_bias": True}),
+    "qwen3 dense by list": ("qwen3_moe", {"mlp_only_layers": [0, 2]}),
+    "qwen3 dense by step": ("qwen3_moe", {"decoder_sparse_step": 2}),
+    "qwen3 dense last": ("qwen3_moe", {"mlp_only_layers": [2]}),
+    "qwen3 sliding": ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}),
+    "qwen3 linear rope": (
+        "qwen3_moe",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}},
+    ),
+    "qwen3 yarn": ("qwen3_moe", {"rope_parameters": YARN}),
+    "qwen3 llama3 rope": ("qwen3_moe", {"rope_parameters": LLAMA3}),
+    "qwen3 gelu": ("qwen3_moe", {"hidden_act": "gelu_pytorch_tanh"}),
+    "qwen2 without bias": ("qwen2_moe", {"qkv_bias": False}),
+    "qwen2 dense by list": ("qwen2_moe", {"mlp_only_layers": [1]}),
+    "qwen2 sliding by depth": (
+        "qwen2_moe",
+        {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+    ),
+    "qwen2 sliding by type": (
+        "qwen2_moe",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        },
+    ),
+    "mixtral sliding": ("mixtral", {"sliding_window": 7}),
+    "mixtral one kv head": ("mixtral", {"num_key_value_heads": 1, "head_dim": 8}),
+    "olmoe clipped": ("olmoe", {"clip_qkv": 0.7}),
+    "olmoe all kv heads": ("olmoe", {"num_key_value_heads": 4, "norm_topk_prob": True}),
+}
+
+
+class Model(NamedTuple):
+    """One checkpoint, twice."""
+
+    decoder: Decoder
+    experts: ReferenceExperts
+    reference: Callable[[list[int]], Tensor]  # token ids -> logits [tokens, vocab]
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Model:
+    checkpoint = Checkpoint(folder)
+    spec = read_spec(checkpoint)
+    assert isinstance(spec, DecoderSpec)
+    experts = ReferenceExperts(checkpoint, spec.experts, dtype)
+    transformers_model = reference_model(folder, dtype=dtype)
+
+    def reference(tokens: list[int]) -> Tensor:
+        with torch.no_grad():
+            return transformers_model(torch.tensor([tokens])).logits[0].float()
+
+    return Model(Decoder.load(checkpoint, spec, dtype), experts, reference)
+
+
+@pytest.fixture(scope="module", params=list(VARIANTS))
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    family, overrides = VARIANTS[request.param]
+    return load(make_checkpoint(family, tmp_path_factory.mktemp("checkpoint"), **overrides))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return load(make_checkpoint("qwen3_moe", tmp_path_factory.mktemp("checkpoint")))
+
+
+def random_tokens(count: int, seed: int = 0, vocab: int = 96) -> list[int]:
+    return torch.randint(0, vocab, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+async def run(
+    model: Model, cache: KVCache, parts: list[tuple[int, int, list[int]]], rows: Tensor | None = None
+) -> Tensor:
+    """One forward of (slot, start, new tokens) parts."""
+    token_ids = torch.tensor([token for _, _, tokens in parts for token in tokens])
+    segments = tuple(Segment(slot, start, len(tokens)) for slot, start, tokens in parts)
+    return await model.decoder.forward(ForwardBatch(token_ids, segments, rows), cache, model.experts)
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
+
+
+async def test_ragged_prefill_gives_the_reference_logits_of_every_token(model: Model) -> None:
+    prompts = [random_tokens(count, seed=count) for count in (13, 1, 30, 2)]
+    cache = model.decoder.new_cache(4, 64)
+    parts = [(cache.allocate(), 0, prompt) for prompt in prompts]
+    rows = torch.arange(sum(map(len, prompts)))
+    logits = await run(model, cache, parts, rows)
+    assert logits.dtype is torch.float32
+    assert_close(logits, torch.cat([model.reference(prompt) for prompt in prompts]))
+
+
+async def test_decode_mixed_with_arriving_and_chunked_prefill(model: Model) -> None:
+    """A life of four sequences: two prefill, decode together; a third arrives during a decode step; a fourth comes
+    in chunks while the others decode; every step's last-row logits match the reference on the full sequence."""
+    sequences = [random_tokens(count, seed=100 + count) for count in (34, 20, 17, 33)]
+    cache = model.decoder.new_cache(8, 64)
+    slots = [cache.allocate() for _ in sequences]
+    done = [0, 0, 0, 0]
+    steps = [
+        {0: 9, 1: 4},
+        {0: 1, 1: 1},
+        {2: 7, 1: 1, 0: 1},
+        {0: 1, 3: 11, 2: 1},
+        {3: 12, 0: 1, 1: 1, 2: 1},
+        {2: 1, 3: 1, 0: 1, 1: 1},
+        {3: 1, 0: 1},
+        {1: 1, 3: 5, 0: 2},
+        {0: 1, 1: 1, 2: 1, 3: 1},
+    ]
+    for step in steps:
+        parts = [(slots[i], done[i], sequences[i][done[i] : done[i] + count]) for i, count in step.items()]
+        logits = await run(model, cache, parts)
+        for i, count in step.items():
+            done[i] += count
+        assert_close(logits, torch.stack([model.reference(sequences[i][: done[i]])[-1] for i in step]))
+
+
+async def test_sixty_four_greedy_tokens_equal_the_reference(model: Model) -> None:
+    prompt = random_tokens(6, seed=7)
+    cache = model.decoder.new_cache(1, 80)
+    slot, expected, start, new = cache.allocate(), list(prompt), 0, list(prompt)
+    generated: list[int] = []
+    for _ in range(64):
+        logits = await run(model, cache, [(slot, start, new)])
+        start, new = start + len(new), [int(logits[0].argmax())]
+        generated += new
+        expected.append(int(model.reference(expected)[-1].argmax()))
+    assert generated == expected[len(prompt) :]
+    assert len(set(generated)) > 3, "the random model repeats itself too soon to prove anything"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rope", [{}, {"rope_parameters": LLAMA3}], ids=["default", "llama3"])
+async def test_old_config_spelling_and_shards(family: str, rope: dict[str, Any], tmp_path: Path) -> None:
+    folder = make_checkpoint(family, tmp_path, max_shard_size="60KB", **rope)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    new = read_spec(Checkpoint(folder))
+    as_old_spelling(folder)
+    assert read_spec(Checkpoint(folder)) == new
+    model, prompt = load(folder), random_tokens(20)
+    cache = model.decoder.new_cache(1, 32)
+    logits = await run(model, cache, [(cache.allocate(), 0, prompt)], torch.arange(20))
+    assert_close(logits, model.reference(prompt))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_half_precision_stays_near_the_reference(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = make_checkpoint(family, tmp_path, dtype=str(dtype).removeprefix("torch."), initial_std=0.1)
+    model, exact, prompt = load(folder, dtype), load(folder), random_tokens(24)
+    assert model.decoder.dtype is dtype
+    cache = model.decoder.new_cache(1, 32)
+    logits = await run(model, cache, [(cache.allocate(), 0, prompt)], torch.arange(24))
+    truth = exact.reference(prompt)
+    ours, theirs = (logits - truth).abs().mean(), (model.reference(prompt) - truth).abs().mean()
+    # Both round differently along the way; ours must not be further from float32 than theirs is.
+    assert ours < 1.3 * theirs
+
+
+@pytest.mark.parametrize("slots", [[0, 1, 2], [2, 0, 1], [0, 2, 3], [7, 0], [3, 7, 5]])
+async def test_decode_of_any_set_of_slots(plain: Model, slots: list[int]) -> None:
+    """Side by side, in another order, with a hole, far apart: four ways of reading the cache."""
+    cache = plain.decoder.new_cache(8, 64)
+    for _ in range(8):
+        cache.allocate()
+    prompts = {slot: random_tokens(5 + 3 * slot, seed=slot) for slot in slots}
+    await run(plain, cache, [(slot, 0, prompt[:-1]) for slot, prompt in prompts.items()])
+    logits = await run(plain, cache, [(slot, len(p) - 1, p[-1:]) for slot, p in prompts.items()])
+    assert_close(logits, torch.stack([plain.reference(prompt)[-1] for prompt in prompts.values()]))
+
+
+async def test_output_does_not_depend_on_the_rest_of_the_batch(plain: Model) -> None:
+    prompt, others = random_tokens(9, seed=1), [random_tokens(n, seed=n) for n in (3, 21)]
+    cache = plain.decoder.new_cache(3, 64)
+    slots = [cache.allocate() for _ in range(3)]
+    alone = await run(plain, cache, [(slots[0], 0, prompt)])
+    cache.free(slots[0])
+    slot = cache.allocate()
+    among = await run(plain, cache, [(slots[1], 0, others[0]), (slot, 0, prompt), (slots[2], 0, others[1])])
+    assert_close(among[1:2], alone, 1e-5)
+
+
+async def test_a_chunk_that_wants_no_logits_skips_the_last_experts(plain: Model) -> None:
+    prompt = random_tokens(12, seed=3)
+    cache = plain.decoder.new_cache(1, 32)
+    slot = cache.allocate()
+    plain.experts.calls.clear()
+    logits = await run(plain, cache, [(slot, 0, prompt[:8])], torch.empty(0, dtype=torch.int64))
+    assert logits.shape == (0, 96)
+    assert plain.experts.calls == [(0, 8), (1, 8)]
+    plain.experts.calls.clear()
+    logits = await run(plain, cache, [(slot, 8, prompt[8:])])
+    assert plain.experts.calls == [(0, 4), (1, 4), (2, 1)]
+    assert_close(logits[0], plain.reference(prompt)[-1])
+
+
+async def test_a_failed_forward_may_be_repeated(plain: Model) -> None:
+    prompt = random_tokens(10, seed=4)
+    cache = plain.decoder.new_cache(1, 32)
+    slot = cache.allocate()
+    await run(plain, cache, [(slot, 0, prompt[:6])])
+
+    async def failing(layer: int, hidden: Tensor, routing: Routing) -> Tensor:
+        if layer == 1:
+            raise ConnectionError("the group died")
+        return await plain.experts(layer, hidden, routing)
+
+    batch = ForwardBatch(torch.tensor(prompt[6:]), (Segment(slot, 6, 4),))
+    with pytest.raises(ConnectionError):
+        await plain.decoder.forward(batch, cache, failing)
+    logits = await plain.decoder.forward(batch, cache, plain.experts)
+    assert_close(logits[0], plain.reference(prompt)[-1])
+
+
+async def test_the_dispatch_starts_before_the_shared_expert_computes(tmp_path: Path) -> None:
+    model = load(make_checkpoint("qwen2_moe", tmp_path))
+    order: list[str] = []
+    shared = model.decoder._layers[0].shared
+    assert shared is not None
+    network = shared.network
+
+    def recorded(hidden: Tensor) -> Tensor:
+        order.append("shared")
+        return network(hidden)
+
+    async def experts(layer: int, hidden: Tensor, routing: Routing) -> Tensor:
+        order.append("sent")
+        await asyncio.sleep(0)
+        order.append("answered")
+        return await model.experts(layer, hidden, routing)
+
+    shared.network = recorded  # type: ignore[assignment]
+    cache = model.decoder.new_cache(1, 32)
+    await model.decoder.forward(
+        ForwardBatch(torch.tensor([1]), (Segment(cache.allocate(), 0, 1),)), cache, experts
+    )
+    assert order[:3] == ["sent", "shared", "answered"]
+
+
+async def test_cancelling_a_forward_cancels_its_dispatch(tmp_path: Path) -> None:
+    model = load(make_checkpoint("qwen2_moe", tmp_path))
+    sent, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def experts(layer: int, hidden: Tensor, routing: Routing) -> Tensor:
+        sent.set()
+        try:
+            return await asyncio.get_running_loop().create_future()
+        finally:
+            cancelled.set()
+
+    cache = model.decoder.new_cache(1, 32)
+    batch = ForwardBatch(torch.tensor([1]), (Segment(cache.allocate(), 0, 1),))
+    forward = asyncio.ensure_future(model.decoder.forward(batch, cache, experts))
+    await sent.wait()
+    forward.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await forward
+    await cancelled.wait()
+
+
+async def test_a_sequence_cannot_outgrow_the_cache(plain: Model) -> None:
+    cache = plain.decoder.new_cache(1, 16)
+    slot = cache.allocate()
+    with pytest.raises(ContextLengthError, match="17 tokens"):
+        await run(plain, cache, [(slot, 0, random_tokens(17))])
+
+
+def test_only_trunk_tensors_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint(make_checkpoint("qwen2_moe", tmp_path))
+    spec = read_spec(checkpoint)
+    assert isinstance(spec, DecoderSpec)
+    names: list[str] = []
+    read = checkpoint.read
+
+    def recorded(name: str, *args: Any) -> Tensor:
+        names.append(name)
+        return read(name, *args)
+
+    monkeypatch.setattr(checkpoint, "read", recorded)
+    decoder = Decoder.load(checkpoint, spec)
+    assert not [name for name in names if ".experts." in name]
+    assert len(names) == len(set(names))
+    assert decoder.weights_bytes == sum(4 * read(name).numel() for name in names)
+    assert set(decoder.gates) == {0, 1, 2}
+
+
+def test_a_batch_must_add_up() -> None:
+    tokens = torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="3 tokens"):
+        ForwardBatch(tokens, (Segment(0, 0, 2),))
+    with pytest.raises(ValueError, match="segments of"):
+        ForwardBatch(tokens, (Segment(0, 0, 3), Segment(1, 0, 0)))
+    with pytest.raises(ValueError, match="share a slot"):
+        ForwardBatch(tokens, (Segment(0, 0, 2), Segment(0, 2, 1)))

@@ -1,0 +1,245 @@
+"""Configs to specs: both spellings, defaults, and everything that must be refused rather than computed wrongly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import FAMILIES, edit_config, make_checkpoint
+from pimoe.runtime.errors import CheckpointError, ConfigurationError, UnknownFamilyError
+from pimoe.runtime.model.checkpoint import Checkpoint
+from pimoe.runtime.model.decoder import Decoder
+from pimoe.runtime.model.families import FAMILIES as KNOWN
+from pimoe.runtime.model.families import read_spec
+from pimoe.runtime.model.spec import DecoderSpec, ExpertSpec, GatedNames, LayerSpec, RopeSpec
+from safetensors.torch import load_file, save_file
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_checkpoint("qwen3_moe", tmp_path)
+
+
+def decoder_spec(folder: Path) -> DecoderSpec:
+    spec = read_spec(Checkpoint(folder))
+    assert isinstance(spec, DecoderSpec)
+    return spec
+
+
+def experts(**changes: Any) -> ExpertSpec:
+    values: dict[str, Any] = {
+        "num_experts": 4,
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "activation": "silu",
+        "moe_layers": (0, 2),
+        "gate": "layers.{layer}.experts.{expert}.w1",
+        "up": "layers.{layer}.experts.{expert}.w3",
+        "down": "layers.{layer}.experts.{expert}.w2",
+    }
+    return ExpertSpec(**{**values, **changes})
+
+
+def decoder(**changes: Any) -> DecoderSpec:
+    values: dict[str, Any] = {
+        "family": "test",
+        "vocab_size": 32,
+        "hidden_size": 8,
+        "num_layers": 3,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 4,
+        "max_context_tokens": 64,
+        "norm_eps": 1e-6,
+        "dtype": "float32",
+        "rope": RopeSpec(),
+        "top_k": 2,
+        "renormalize": True,
+        "experts": experts(),
+        "dense_intermediate_size": 16,
+    }
+    return DecoderSpec(**{**values, **changes})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_expert_tensor_is_where_the_spec_says(family: str, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(make_checkpoint(family, tmp_path))
+    spec = read_spec(checkpoint).experts
+    named = [
+        name
+        for layer in spec.moe_layers
+        for expert in range(spec.num_experts)
+        for name in spec.tensor_names(layer, expert)
+    ]
+    assert set(named) == {name for name in checkpoint.names if ".experts." in name}
+    gate, up, down = spec.tensor_names(spec.moe_layers[-1], spec.num_experts - 1)
+    assert checkpoint.shape(gate) == checkpoint.shape(up) == (spec.intermediate_size, spec.hidden_size)
+    assert checkpoint.shape(down) == (spec.hidden_size, spec.intermediate_size)
+
+
+def test_every_family_has_a_test_checkpoint() -> None:
+    assert set(KNOWN) == {*FAMILIES, "pimoe_layer"}
+
+
+def test_unknown_families_are_refused_with_the_known_ones(folder: Path) -> None:
+    edit_config(folder, model_type="gpt_oss")
+    with pytest.raises(UnknownFamilyError, match=r"unknown model_type 'gpt_oss'; known: mixtral, olmoe"):
+        read_spec(Checkpoint(folder))
+    edit_config(folder, ("model_type",))
+    with pytest.raises(ConfigurationError, match="model_type is missing"):
+        read_spec(Checkpoint(folder))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"hidden_act": "xielu"}, "hidden_act = 'xielu'; expected one of silu"),
+        ({"hidden_size": "48"}, "hidden_size = '48'; expected a whole number above 0"),
+        ({"hidden_size": 0}, "hidden_size = 0"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"vocab_size": True}, "vocab_size = True"),
+        ({"norm_topk_prob": "yes"}, "norm_topk_prob = 'yes'; expected true or false"),
+        ({"rms_norm_eps": -1e-6}, "rms_norm_eps = -1e-06; expected a number above 0"),
+        ({"dtype": "float8_e4m3fn"}, "dtype = 'float8_e4m3fn'; expected one of bfloat16"),
+        ({"num_experts_per_tok": 7}, "top_k = 7; expected at most num_experts 6"),
+        ({"num_key_value_heads": 3}, "num_heads = 4; expected a multiple of num_kv_heads 3"),
+        ({"head_dim": 15}, "head_dim = 15; expected an even number"),
+        ({"mlp_only_layers": [0, 1, 2]}, r"moe_layers = \(\); expected at least one"),
+        ({"mlp_only_layers": "all"}, "mlp_only_layers = 'all'"),
+        ({"eos_token_id": "<end>"}, "eos_token_id = '<end>'; expected a whole number or a list"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config = .* is not supported"),
+        ({"attn_logit_softcapping": 30.0}, "attn_logit_softcapping = 30.0 is not supported"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'; expected one of"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type = 'longrope'"),
+        ({"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}, "mrope_section"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "one rotary embedding per kind of layer"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters: the field factor is missing"),
+        ({"rope_parameters": [1]}, "rope_parameters = .*; expected an object"),
+    ],
+)
+def test_fields_that_would_change_numbers_are_refused(folder: Path, values: dict[str, Any], message: str) -> None:
+    edit_config(folder, **values)
+    with pytest.raises(ConfigurationError, match=message):
+        read_spec(Checkpoint(folder))
+
+
+def test_harmless_values_of_refused_fields_pass(folder: Path) -> None:
+    before = read_spec(Checkpoint(folder))
+    edit_config(folder, attn_logit_softcapping=None, routed_scaling_factor=1.0, n_group=1, mlp_bias=False)
+    assert read_spec(Checkpoint(folder)) == before
+
+
+def test_qwen2_sliding_layers_need_a_window(tmp_path: Path) -> None:
+    folder = make_checkpoint("qwen2_moe", tmp_path)
+    edit_config(folder, layer_types=["sliding_attention"] * 3)
+    with pytest.raises(ConfigurationError, match="use_sliding_window = False; expected true"):
+        read_spec(Checkpoint(folder))
+    edit_config(folder, layer_types=["linear_attention"] * 3)
+    with pytest.raises(ConfigurationError, match="layer_types"):
+        read_spec(Checkpoint(folder))
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        (None, None, ()),
+        (5, None, (5,)),
+        ([5, 6], None, (5, 6)),
+        (5, 5, (5,)),
+        (5, [7, 5], (7, 5)),
+        (None, [7], (7,)),
+    ],
+)
+def test_end_tokens_of_both_files(folder: Path, config: Any, generation: Any, expected: tuple[int, ...]) -> None:
+    edit_config(folder, eos_token_id=config)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    assert decoder_spec(folder).eos_token_ids == expected
+
+
+def test_dtype_comes_from_the_config_or_the_weights(tmp_path: Path) -> None:
+    folder = make_checkpoint("olmoe", tmp_path, dtype="bfloat16")
+    assert decoder_spec(folder).dtype == "bfloat16"
+    edit_config(folder, ("dtype",))
+    assert decoder_spec(folder).dtype == "bfloat16"
+    edit_config(folder, torch_dtype="float16")
+    assert decoder_spec(folder).dtype == "float16"
+    assert Decoder.load(Checkpoint(folder), decoder_spec(folder)).dtype is torch.float16
+
+
+def test_yarn_without_a_factor_takes_the_ratio_of_contexts(folder: Path) -> None:
+    edit_config(folder, rope_parameters={"rope_type": "yarn", "original_max_position_embeddings": 64})
+    assert decoder_spec(folder).rope.factor == 4.0
+
+
+def test_missing_and_misshapen_tensors_are_named(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.self_attn.k_norm.weight"
+    save_file({key: value for key, value in tensors.items() if key != name}, file)
+    with pytest.raises(CheckpointError, match=f"no tensor '{name}'"):
+        Decoder.load(Checkpoint(folder), decoder_spec(folder))
+    save_file({**tensors, name: torch.ones(8)}, file)
+    with pytest.raises(CheckpointError, match=rf"'{name}' has shape \[8\], expected \[16\]"):
+        Decoder.load(Checkpoint(folder), decoder_spec(folder))
+
+
+def test_names_of_experts() -> None:
+    spec = experts()
+    assert spec.tensor_names(2, 3) == GatedNames(
+        "layers.2.experts.3.w1", "layers.2.experts.3.w3", "layers.2.experts.3.w2"
+    )
+    custom = experts(custom_class="a:B", custom_prefix="experts.{expert}.", intermediate_size=0)
+    assert custom.prefix(0, 3) == "experts.3."
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts": 0}, "num_experts = 0"),
+        ({"intermediate_size": 0}, "intermediate_size = 0"),
+        ({"activation": "tanh"}, "activation = 'tanh'; expected one of silu"),
+        ({"moe_layers": ()}, "moe_layers"),
+        ({"moe_layers": (2, 0)}, "ascending"),
+        ({"gate": "all.experts"}, "every tensor name needs {expert}"),
+        ({"custom_class": "a:B"}, "every tensor name needs {expert}"),
+    ],
+)
+def test_expert_specs_are_checked_when_made(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        experts(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_layers": 2}, "num_layers = 2; expected above every one of the MoE layers"),
+        ({"dense_intermediate_size": 0}, "dense_intermediate_size = 0"),
+        ({"sliding_windows": (None, 3)}, "sliding_windows .* expected 3 windows"),
+        ({"sliding_windows": (None, 3, 0)}, "expected 3 windows above 0"),
+        ({"qk_norm": "half"}, "qk_norm = 'half'; expected one of none, head, full"),
+        ({"dtype": "int8"}, "dtype = 'int8'"),
+    ],
+)
+def test_decoder_specs_are_checked_when_made(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        decoder(**changes)
+
+
+def test_decoder_spec_derives_what_follows() -> None:
+    spec = decoder()
+    assert spec.dense_layers == (1,)
+    assert spec.sliding_windows == (None, None, None)
+    assert spec.gate_name(2) == "model.layers.2.mlp.gate.weight"
+
+
+def test_layer_and_rope_specs_are_checked_when_made() -> None:
+    with pytest.raises(ConfigurationError, match="top_k = 5"):
+        LayerSpec(hidden_size=8, top_k=5, renormalize=True, dtype="float32", experts=experts())
+    with pytest.raises(ConfigurationError, match="original_max_tokens = 0"):
+        RopeSpec("yarn", factor=2.0)
+    with pytest.raises(ConfigurationError, match=r"low_freq_factor = 4\.0"):
+        RopeSpec("llama3", factor=2.0, original_max_tokens=64, low_freq_factor=4.0)

@@ -1,0 +1,270 @@
+"""Tokenizers: text there and back, streamed and at once, and conversations as prompts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pimoe.runtime.errors import CheckpointError, InvalidRequestError
+from pimoe.runtime.model.detokenizer import byte_alphabet
+from pimoe.runtime.model.tokenizer import Tokenizer
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as Backend
+
+TEXT = st.text(alphabet=st.one_of(st.sampled_from("ab é€😀\n▁�"), st.characters(codec="utf-8")), max_size=30)
+
+
+def byte_level() -> Backend:
+    """Like Qwen's: bytes, some merged across the borders of characters, special and plain added tokens."""
+    letters = list(byte_alphabet())
+    pairs = [("â", "Ĥ"), ("Ĥ", "¬"), ("¬", "â"), ("Ġ", "a")]
+    vocabulary = {token: index for index, token in enumerate([*letters, *(a + b for a, b in pairs)])}
+    backend = Backend(models.BPE(vocab=vocabulary, merges=pairs[:1] + pairs[3:]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken("<|end|>", special=True)])
+    backend.add_tokens(["<think> now"])
+    return backend
+
+
+def sentence_piece(decoder: Any) -> Backend:
+    """Like Mixtral's: words with their space in front, and bytes for what is in no word."""
+    words = ["▁", "▁a", "a", "b", "▁▁", "c", "▁ab", ",", "\n"]
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    vocabulary |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    vocabulary |= {word: 259 + index for index, word in enumerate(words)}
+    merges = [("▁", "a"), ("▁", "▁"), ("▁a", "b")]
+    backend = Backend(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoder
+    backend.add_special_tokens([AddedToken(token, special=True) for token in ("<unk>", "<s>", "</s>")])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return backend
+
+
+LLAMA_DECODER = decoders.Sequence(
+    [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+)
+BACKENDS = {
+    "byte level": byte_level(),
+    "llama": sentence_piece(LLAMA_DECODER),
+    "metaspace": sentence_piece(decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])),
+}
+
+
+def save(folder: Path, backend: Backend, **config: Any) -> Path:
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def load(folder: Path) -> Tokenizer:
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer is not None
+    return tokenizer
+
+
+@pytest.fixture(scope="module", params=list(BACKENDS))
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Backend]:
+    backend = BACKENDS[request.param]
+    return load(save(tmp_path_factory.mktemp("tokenizer"), backend)), backend
+
+
+@given(data=st.data())
+def test_streamed_text_adds_up_to_the_text_decoded_at_once(pair: tuple[Tokenizer, Backend], data: Any) -> None:
+    """For any ids, well-formed or not, however they are cut into pushes."""
+    tokenizer, backend = pair
+    near_bytes = st.sampled_from([*range(0xE2 - 40, 0xE2 + 30), *range(backend.get_vocab_size() - 12, 420)])
+    ids = data.draw(st.lists(st.one_of(near_bytes, st.integers(0, backend.get_vocab_size() + 3)), max_size=40))
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(ids)), max_size=5)) | {0, len(ids)})
+    stream = tokenizer.incremental()
+    text = "".join(stream.push(ids[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)) + stream.finish()
+    assert text == tokenizer.decode(ids)
+
+
+@given(text=TEXT)
+def test_encoded_text_decodes_as_the_library_does(pair: tuple[Tokenizer, Backend], text: str) -> None:
+    tokenizer, backend = pair
+    ids = tokenizer.encode(text)
+    assert ids == backend.encode(text).ids
+    assert tokenizer.decode(ids) == backend.decode(ids, skip_special_tokens=True)
+    stream = tokenizer.incremental()
+    pieces = [stream.push([token]) for token in ids]
+    assert "".join(pieces) + stream.finish() == backend.decode(ids, skip_special_tokens=True)
+    if "�" not in text:
+        assert not [piece for piece in pieces if "�" in piece]
+
+
+@given(ids=st.lists(st.integers(0, 261), max_size=60))
+def test_byte_level_decoding_is_that_of_the_library_even_for_bad_bytes(ids: list[int]) -> None:
+    backend = BACKENDS["byte level"]
+    tokenizer = Tokenizer(backend, byte_level=True, template=None)
+    stream = tokenizer.incremental()
+    assert stream.push(ids) + stream.finish() == backend.decode(ids, skip_special_tokens=True)
+
+
+def test_a_character_appears_when_its_last_byte_does(pair: tuple[Tokenizer, Backend]) -> None:
+    tokenizer, _ = pair
+    stream = tokenizer.incremental()
+    ids = tokenizer.encode("b😀", add_special_tokens=False)
+    pieces = [stream.push([token]) for token in ids]
+    assert pieces[-4:] == ["", "", "", "😀"]
+    assert stream.finish() == ""
+
+
+def test_endless_bad_bytes_are_not_held_back_forever(pair: tuple[Tokenizer, Backend]) -> None:
+    tokenizer, backend = pair
+    stray = backend.token_to_id("<0x80>") or backend.token_to_id("Ģ")
+    assert stray is not None
+    stream = tokenizer.incremental()
+    assert "".join(stream.push([stray]) for _ in range(100)).count("�") > 80
+
+
+def test_context_keeps_the_space_of_the_first_word() -> None:
+    tokenizer = Tokenizer(BACKENDS["llama"], byte_level=False, template=None)
+    word, space = tokenizer.encode("ab", add_special_tokens=False)[0], "▁ab"
+    assert BACKENDS["llama"].id_to_token(word) == space
+    assert tokenizer.incremental().push([word]) == "ab"
+    assert tokenizer.incremental(context=[1, word]).push([word, word]) == " ab ab"
+
+
+def test_text_of_single_tokens(pair: tuple[Tokenizer, Backend]) -> None:
+    tokenizer, backend = pair
+    space_a = backend.token_to_id("Ġa") or backend.token_to_id("▁a")
+    byte = backend.token_to_id("â") or backend.token_to_id("<0xE2>")
+    special = backend.token_to_id("<|end|>") or backend.token_to_id("</s>")
+    assert space_a is not None
+    assert byte is not None
+    assert special is not None
+    assert tokenizer.token_text(space_a) == " a"
+    assert tokenizer.token_text(byte) == "�"
+    assert tokenizer.token_text(special) == backend.id_to_token(special)
+    assert tokenizer.token_text(backend.get_vocab_size() + 5) == ""
+    assert tokenizer.vocab_size == backend.get_vocab_size()
+
+
+def test_special_tokens_are_added_once() -> None:
+    tokenizer = Tokenizer(BACKENDS["llama"], byte_level=False, template=None)
+    assert tokenizer.encode("a")[0] == 1
+    assert 1 not in tokenizer.encode("a", add_special_tokens=False)
+    assert tokenizer.encode("<s>a", add_special_tokens=False).count(1) == 1
+
+
+def test_saved_truncation_and_padding_are_ignored(tmp_path: Path) -> None:
+    backend = byte_level()
+    backend.enable_truncation(3)
+    backend.enable_padding(length=10)
+    tokenizer = load(save(tmp_path, backend))
+    assert len(tokenizer.encode("bbbbb")) == 5
+
+
+def test_absent_and_broken_files(tmp_path: Path) -> None:
+    assert Tokenizer.load(tmp_path) is None
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: no valid JSON"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "Magic"}}')
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: no tokenizer"):
+        Tokenizer.load(tmp_path)
+    save(tmp_path, byte_level())
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: must hold a JSON object"):
+        Tokenizer.load(tmp_path)
+
+
+CHATML = (
+    "{{ bos_token }}{% for message in messages %}\n"
+    "    {% if message.role == 'tool' %}{% continue %}{% endif %}\n"
+    "<|{{ message.role }}|>{{ message.content }}<|end|>\n"
+    "{% endfor %}\n"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+MESSAGES = [{"role": "user", "content": "1 < 2?"}, {"role": "tool", "content": "x"}]
+RENDERED = "<s><|user|>1 < 2?<|end|>\n<|assistant|>"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"chat_template": CHATML, "bos_token": "<s>"},
+        {
+            "chat_template": [{"name": "tools", "template": "no"}, {"name": "default", "template": CHATML}],
+            "bos_token": "<s>",
+        },
+        {"chat_template": CHATML, "bos_token": {"content": "<s>", "special": True}},
+    ],
+)
+def test_chat_templates_in_every_form(tmp_path: Path, config: dict[str, Any]) -> None:
+    assert load(save(tmp_path, byte_level(), **config)).render_chat(MESSAGES) == RENDERED
+
+
+def test_a_template_file_wins_over_the_config(tmp_path: Path) -> None:
+    save(tmp_path, byte_level(), chat_template="old", bos_token="<s>")
+    (tmp_path / "chat_template.jinja").write_text(CHATML)
+    assert load(tmp_path).render_chat(MESSAGES) == RENDERED
+
+
+def test_templates_render_as_in_transformers(tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    template = (
+        "{% if tools %}{{ tools | tojson(indent=2) }}{% endif %}\n"
+        "{% set ns = namespace(turns=0) %}\n"
+        "{% for message in messages %}\n"
+        "  {%- generation %}{{ message['content'] | trim | tojson }}{% endgeneration %}\n"
+        "  {% set ns.turns = ns.turns + 1 %}\n"
+        "{% endfor %}\n"
+        "{{ ns.turns }}{{ strftime_now('%Y') | length }}{{ eos_token }}{{ enable_thinking }}"
+    )
+    save(tmp_path, byte_level(), chat_template=template, eos_token="<|end|>")
+    tools = [{"type": "function", "function": {"name": "é<f>", "parameters": {}}}]
+    reference = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), eos_token="<|end|>")
+    expected = reference.apply_chat_template(
+        MESSAGES,
+        tools=tools,
+        chat_template=template,
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=True,
+    )
+    assert load(tmp_path).render_chat(MESSAGES, {"tools": tools, "enable_thinking": True}) == expected
+
+
+def test_messages_that_a_template_refuses_are_the_callers_fault(tmp_path: Path) -> None:
+    template = "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}{{ messages[0].content + 1 }}"
+    tokenizer = load(save(tmp_path, byte_level(), chat_template=template))
+    with pytest.raises(InvalidRequestError, match="user first"):
+        tokenizer.render_chat([{"role": "system", "content": ""}])
+    with pytest.raises(InvalidRequestError, match="refused the messages"):
+        tokenizer.render_chat([{"role": "user", "content": "a"}])
+
+
+def test_templates_run_in_a_sandbox(tmp_path: Path) -> None:
+    for template in (
+        "{{ messages.append(1) }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ cycler.__init__.__globals__ }}",
+    ):
+        tokenizer = load(save(tmp_path, byte_level(), chat_template=template))
+        with pytest.raises(InvalidRequestError, match="refused"):
+            tokenizer.render_chat(MESSAGES)
+
+
+def test_missing_and_malformed_templates(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequestError, match="no chat template"):
+        load(save(tmp_path, byte_level())).render_chat(MESSAGES)
+    for template, message in (("{% if %}", "no valid Jinja"), (3, "must be a string")):
+        save(tmp_path, byte_level(), chat_template=template)
+        with pytest.raises(CheckpointError, match=message):
+            Tokenizer.load(tmp_path)
+
+
+def test_importing_the_tokenizer_imports_no_torch() -> None:
+    code = "import sys, pimoe.runtime.model.tokenizer; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
