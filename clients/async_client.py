@@ -24,7 +24,17 @@ from .generation import (
     generation_request,
     is_chat,
 )
-from .inference import InferBatch, InferOperation, InferOptions, as_operation, infer_request, read_infer
+from .inference import (
+    InferBatch,
+    InferOperation,
+    InferOptions,
+    Outcome,
+    arrays,
+    as_operation,
+    infer_request,
+    read_infer,
+    split,
+)
 from .settings import Limits, RetryPolicy
 from .streaming import AsyncGenerationStream, EventSource
 from .transport import Transport
@@ -120,39 +130,39 @@ class AsyncClient:
     @overload
     async def infer_many(
         self, operations: Operations, *, return_exceptions: bool, **options: Unpack[InferOptions]
-    ) -> list[NDArray[Any] | PimoeClientError]: ...
+    ) -> list[Outcome]: ...
 
     async def infer_many(
         self, operations: Operations, *, return_exceptions: bool = False, **options: Unpack[InferOptions]
-    ) -> list[NDArray[Any]] | list[NDArray[Any] | PimoeClientError]:
-        """Sends many arrays in one request; each is batched, cached and answered on its own.
+    ) -> list[NDArray[Any]] | list[Outcome]:
+        """Sends many arrays at once; each is batched, cached and answered on its own.
 
         Args:
             operations: arrays, or `InferOperation`s where they differ in layer, priority or time.
             return_exceptions: put the error of an operation in its place in the list. Otherwise the first one
-                is raised, and its message says which operation it was.
+                is raised, with a note that says which operation it was.
             options: for all operations that do not say otherwise; see `InferOptions`.
 
         Returns:
-            One result for each operation, in order. Operations that the server turned away under load, and
-            those only, were sent again.
+            One result for each operation, in order, as from `infer`. Operations that the server turned away
+            under load, and those only, were sent again. Very many go in several requests at once (`Limits`).
         """
-        batch = InferBatch(as_operation(item, options) for item in operations)
         deadline = self._deadline(options.get("timeout_s"))
-        outcomes = await self._infer_batch(batch, deadline) if len(batch) else []
-        return outcomes if return_exceptions else batch.arrays(outcomes)
+        wanted = [as_operation(item, options) for item in operations]
+        batches = split(wanted, self._limits.batch_operations, self._limits.batch_bytes)
+        await asyncio.gather(*(self._infer_batch(batch, deadline) for batch in batches))
+        outcomes = [outcome for batch in batches for outcome in batch.outcomes if outcome is not None]
+        return outcomes if return_exceptions else arrays(outcomes)
 
-    async def _infer_batch(self, batch: InferBatch, deadline: Deadline) -> list[NDArray[Any] | PimoeClientError]:
-        model = await self._model_name(deadline)
-
+    async def _infer_batch(self, batch: InferBatch, deadline: Deadline) -> None:
         async def attempt() -> None:
             batch.take(await self._caller.exchange(lambda left_s: batch.request(model, left_s), deadline))
 
         try:
+            model = await self._model_name(deadline)
             await self._caller.retrying(attempt, deadline)
         except PimoeClientError as error:
-            return batch.results(error)
-        return batch.results(None)
+            batch.fail(error)
 
     async def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
         """Continues `prompt`: text, or token ids (the only way for a model without a tokenizer).
@@ -276,6 +286,12 @@ class AsyncClient:
 
 def _checked_url(base_url: str) -> str:
     parts = urlsplit(base_url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+    if (
+        parts.scheme not in ("http", "https")
+        or not parts.hostname
+        or parts.query
+        or parts.fragment
+        or parts.port == 0
+    ):
         raise ValueError(f"base_url is {base_url!r}, and must be like {DEFAULT_URL!r}")
     return base_url.rstrip("/")

@@ -24,6 +24,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+_RETRYABLE_STATUSES = frozenset({429, 502, 503})
+
 
 class PimoeClientError(Exception):
     """Base of every error that a call to pimoe may end with.
@@ -36,12 +38,10 @@ class PimoeClientError(Exception):
         retry_after_s: seconds after which the same request may succeed, where the server said so.
         request_id: the server's name for this request, to be looked for in its logs.
 
-    Attributes:
-        retryable: whether the same request may succeed when it is sent again.
     """
 
     code: str = "internal_error"
-    retryable: ClassVar[bool] = False
+    _passes: ClassVar[bool] = False  # whether what is wrong may pass
 
     def __init__(
         self,
@@ -60,6 +60,11 @@ class PimoeClientError(Exception):
         self.param = param
         self.retry_after_s = retry_after_s
         self.request_id = request_id
+
+    @property
+    def retryable(self) -> bool:
+        """Whether the same request may succeed when it is sent again."""
+        return self._passes or self.status in _RETRYABLE_STATUSES
 
     def __str__(self) -> str:
         facts = [self.code]
@@ -105,7 +110,7 @@ class OverloadedError(PimoeClientError):
     """The server's queue is full; nothing was computed. Try again after `retry_after_s`."""
 
     code = "overloaded"
-    retryable = True
+    _passes = True
 
 
 class DeadlineExceededError(PimoeClientError):
@@ -124,14 +129,14 @@ class UnavailableError(PimoeClientError):
     """A part that is needed has no live replica, or a proxy reaches no server."""
 
     code = "unavailable"
-    retryable = True
+    _passes = True
 
 
 class ConnectionFailed(PimoeClientError):
     """Nothing listens there, or the connection broke before the whole answer had come."""
 
     code = "connection_failed"
-    retryable = True
+    _passes = True
 
 
 class ProtocolError(PimoeClientError):
@@ -176,8 +181,12 @@ class Origin:
 
 
 def error_from_object(found: Mapping[str, Any], origin: Origin | None = None) -> PimoeClientError:
-    """The error that `{"code", "message", "param"}` describes; an unknown code gives the base class."""
-    origin = origin or Origin()
+    """The error that `{"code", "message", "param"}` describes; an unknown code gives the base class.
+
+    Args:
+        origin: None where the object itself may hold "status" and "retry_after_s", as in `infer_many`.
+    """
+    origin = origin or Origin(found.get("status"), found.get("retry_after_s"))
     code, param = str(found.get("code") or PimoeClientError.code), found.get("param")
     return ERRORS_BY_CODE.get(code, PimoeClientError)(
         str(found.get("message") or "the server gave no reason"),

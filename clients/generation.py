@@ -19,8 +19,9 @@ _JSON = {"Content-Type": "application/json"}
 class GenerateOptions(TypedDict, total=False):
     """Keyword arguments of `generate`, `chat` and `stream`. One left out, or None, is the server's to choose.
 
-    - `max_tokens`: most tokens to generate. The server's default may be as short as OpenAI's 16.
-    - `temperature`: 0 is greedy. `top_p`, `top_k` (0: all): what to sample from. `seed`: equal ones, equal tokens.
+    - `max_tokens`: most tokens to generate (the server's default may be OpenAI's 16); `min_tokens`: fewest.
+    - `temperature`: 0 is greedy. `top_p`, `top_k` (0: all), `min_p`: what to sample from. `seed`: with equal ones,
+      equal tokens.
     - `stop`: texts, and `stop_token_ids`: tokens, at which to end. `ignore_eos`: do not end at the model's own.
     - `logprobs`: how many alternatives to report for each token; 0 reports the chosen one only.
     - `priority`: 0 to 1, 1 is most urgent. `timeout_s`: for the whole call, retries included.
@@ -29,9 +30,11 @@ class GenerateOptions(TypedDict, total=False):
     """
 
     max_tokens: int | None
+    min_tokens: int | None
     temperature: float | None
     top_p: float | None
     top_k: int | None
+    min_p: float | None
     seed: int | None
     stop: str | Sequence[str] | None
     stop_token_ids: Sequence[int] | None
@@ -182,7 +185,7 @@ class GenerationBuilder:
                 self.usage = Usage(int(usage["prompt_tokens"]), int(usage.get("completion_tokens", 0)))
             return self._add_choice(body["choices"][0]) if body["choices"] else None
 
-    def _add_choice(self, choice: Mapping[str, Any]) -> GenerationChunk:
+    def _add_choice(self, choice: Mapping[str, Any]) -> GenerationChunk | None:
         said = choice.get("message") or choice.get("delta") or {}
         chunk = GenerationChunk(
             text=str(choice.get("text") or said.get("content") or ""),
@@ -192,7 +195,8 @@ class GenerationBuilder:
         )
         self.finish_reason = chunk.finish_reason or self.finish_reason
         self._chunks.append(chunk)
-        return chunk
+        # The first piece of a chat may say nothing but whose turn it is.
+        return chunk if chunk.text or chunk.token_ids or chunk.finish_reason else None
 
     def build(self) -> Generation:
         """The generation so far."""

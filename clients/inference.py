@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypedDict
+from typing import Any, TypeAlias, TypedDict
 from urllib.parse import quote
 
 import numpy as np
@@ -20,6 +20,8 @@ from .wire import pack, unpack
 _MSGPACK = {"Content-Type": "application/msgpack", "Accept": "application/msgpack"}
 _INPUT = "hidden_states"
 _OUTPUT = "output"
+
+Outcome: TypeAlias = NDArray[Any] | PimoeClientError
 
 
 class InferOptions(TypedDict, total=False):
@@ -62,10 +64,12 @@ class InferOperation:
 
     def to_wire(self, remaining_s: float) -> dict[str, Any]:
         """The body of its request, msgpack's types only."""
+        own_s = remaining_s if self.timeout_s is None else float(self.timeout_s)
         parameters = {
             "layer": self.layer,
             "priority": self.priority,
-            "timeout": remaining_s if self.timeout_s is None else min(self.timeout_s, remaining_s),
+            # Always a float: the server may take integers for the microseconds of other clients.
+            "timeout": min(own_s, remaining_s),
             "cache": self.cache,
         }
         return {
@@ -93,18 +97,18 @@ def read_infer(answer: Answer, operation: InferOperation) -> NDArray[Any]:
 
 
 class InferBatch:
-    """Many operations in one request, and which of them still wait for an answer.
+    """Operations of one request, and which of them still wait for an answer.
 
     A server under load may turn away some operations and compute the others: only those are sent again.
+
+    Attributes:
+        outcomes: of each operation, in order; None while it waits.
     """
 
-    def __init__(self, operations: Iterable[InferOperation]) -> None:
-        self._operations = tuple(operations)
-        self._outcomes: dict[int, NDArray[Any] | PimoeClientError] = {}
-        self._pending = tuple(range(len(self._operations)))
-
-    def __len__(self) -> int:
-        return len(self._operations)
+    def __init__(self, operations: Sequence[InferOperation]) -> None:
+        self._operations = operations
+        self._pending: Sequence[int] = range(len(operations))
+        self.outcomes: list[Outcome | None] = [None] * len(operations)
 
     def request(self, model: str, remaining_s: float) -> HttpRequest:
         """The request of all pending operations."""
@@ -120,38 +124,46 @@ class InferBatch:
         responses = unpack(answer.body, answer.call).get("responses")
         if not isinstance(responses, list) or len(responses) != len(self._pending):
             raise ProtocolError(f"{answer.call} did not give {len(self._pending)} responses")
+        refused = []
         for index, response in zip(self._pending, responses, strict=True):
-            self._outcomes[index] = _outcome(response, self._operations[index])
-        self._pending = tuple(index for index in self._pending if _is_retryable(self._outcomes[index]))
-        if self._pending:
-            raise self._failure(self._pending[0])
+            outcome = self.outcomes[index] = _outcome(response, self._operations[index])
+            if isinstance(outcome, PimoeClientError) and outcome.retryable:
+                refused.append((index, outcome))
+        self._pending = [index for index, _ in refused]
+        if refused:
+            raise refused[0][1]
 
-    def results(self, last_error: PimoeClientError | None) -> list[NDArray[Any] | PimoeClientError]:
-        """One outcome for each operation, in order; `last_error` is that of operations never answered.
+    def fail(self, error: PimoeClientError) -> None:
+        """No more tries: operations that were never answered end with `error`."""
+        self.outcomes = [error if outcome is None else outcome for outcome in self.outcomes]
 
-        Raises:
-            PimoeClientError: `last_error`, when it leaves an operation with no outcome.
-        """
-        if last_error is not None and len(self._outcomes) < len(self):
-            raise last_error
-        return [self._outcomes[index] for index in range(len(self))]
 
-    def arrays(self, outcomes: Sequence[NDArray[Any] | PimoeClientError]) -> list[NDArray[Any]]:
-        """The outcomes when all of them are arrays.
+def split(operations: Iterable[InferOperation], most: int, most_bytes: int) -> list[InferBatch]:
+    """`operations` in order, in requests of at most `most` and `most_bytes`; a larger one gets its own."""
+    groups: list[list[InferOperation]] = []
+    nbytes = 0
+    for operation in operations:
+        nbytes += operation.array.nbytes
+        if not groups or len(groups[-1]) == most or nbytes > most_bytes:
+            groups.append([])
+            nbytes = operation.array.nbytes
+        groups[-1].append(operation)
+    return [InferBatch(group) for group in groups]
 
-        Raises:
-            PimoeClientError: that of the first operation that failed.
-        """
-        for index, outcome in enumerate(outcomes):
-            if isinstance(outcome, PimoeClientError):
-                raise self._failure(index)
-        return [outcome for outcome in outcomes if not isinstance(outcome, PimoeClientError)]
 
-    def _failure(self, index: int) -> PimoeClientError:
-        error = self._outcomes[index]
-        assert isinstance(error, PimoeClientError)
-        message, *rest = error.args
-        return type(error)(f"operation {index} of {len(self)}: {message}", *rest)
+def arrays(outcomes: Sequence[Outcome]) -> list[NDArray[Any]]:
+    """The outcomes when all of them are arrays.
+
+    Raises:
+        PimoeClientError: that of the first operation that failed; a note says which.
+    """
+    found = []
+    for index, outcome in enumerate(outcomes):
+        if isinstance(outcome, PimoeClientError):
+            outcome.add_note(f"operation {index} of {len(outcomes)}")
+            raise outcome
+        found.append(outcome)
+    return found
 
 
 @lru_cache(maxsize=64)
@@ -159,11 +171,7 @@ def _path(model: str, verb: str) -> str:
     return f"/v2/models/{quote(model, safe='')}/{verb}"
 
 
-def _is_retryable(outcome: NDArray[Any] | PimoeClientError) -> bool:
-    return isinstance(outcome, PimoeClientError) and outcome.retryable
-
-
-def _outcome(response: Any, operation: InferOperation) -> NDArray[Any] | PimoeClientError:
+def _outcome(response: Any, operation: InferOperation) -> Outcome:
     if not isinstance(response, dict):
         raise ProtocolError("one of many responses is no map")
     error = response.get("error")

@@ -28,6 +28,8 @@ class Limits:
         keepalive_s: how long an unused connection is kept.
         max_response_bytes: largest answer read; a larger one raises `PayloadTooLargeError`.
         max_event_bytes: largest single event of a stream.
+        batch_operations, batch_bytes: most that `infer_many` puts into one request; more goes into several. Half
+            of what a server takes unless it is told otherwise, in bytes.
     """
 
     max_connections: int = 100
@@ -37,6 +39,8 @@ class Limits:
     keepalive_s: float = 30.0
     max_response_bytes: int = 2**30
     max_event_bytes: int = 2**24
+    batch_operations: int = 256
+    batch_bytes: int = 2**25
 
     def __post_init__(self) -> None:
         _check_numbers(self, frozenset({"grace_s"}))

@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 
 from .about import Health
 from .async_client import DEFAULT_TIMEOUT_S, DEFAULT_URL, AsyncClient, Operations
-from .errors import PimoeClientError
 from .generation import GenerateOptions, Generation, GenerationChunk, Message, Prompt
-from .inference import InferOptions
+from .inference import InferOptions, Outcome
 from .loop_thread import LoopThread
 from .settings import Limits, RetryPolicy
 from .streaming import AsyncGenerationStream
@@ -109,11 +108,11 @@ class Client:
     @overload
     def infer_many(
         self, operations: Operations, *, return_exceptions: bool, **options: Unpack[InferOptions]
-    ) -> list[NDArray[Any] | PimoeClientError]: ...
+    ) -> list[Outcome]: ...
 
     def infer_many(
         self, operations: Operations, *, return_exceptions: bool = False, **options: Unpack[InferOptions]
-    ) -> list[NDArray[Any]] | list[NDArray[Any] | PimoeClientError]:
+    ) -> list[NDArray[Any]] | list[Outcome]:
         """See `AsyncClient.infer_many`."""
         return self._thread.run(
             self._client.infer_many(operations, return_exceptions=return_exceptions, **options)

@@ -12,12 +12,10 @@ from numpy.typing import NDArray
 from .errors import InvalidTensorError, PayloadTooLargeError, ProtocolError
 
 # By dtype and not by name: numpy puts a dtype's name together anew each time, for microseconds.
-_DATATYPES = {
+_DATATYPES: dict[np.dtype[Any], str] = {
     np.dtype("<f4"): "FP32",
     np.dtype("<f2"): "FP16",
     np.dtype("<f8"): "FP64",
-    np.dtype("<i4"): "INT32",
-    np.dtype("<i8"): "INT64",
 }
 _DTYPES = {datatype: dtype for dtype, datatype in _DATATYPES.items()}
 # A dtype of ml_dtypes, which is not imported here: who sends one has it.

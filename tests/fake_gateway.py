@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import codecs
 import threading
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -33,6 +34,9 @@ from pimoe.runtime.requests import (
 
 BOS, EOS, VOCAB = 256, 257, 258
 HIDDEN = 8
+
+# Only so that a broken test ends; nothing here is ever expected to take that long.
+PATIENCE_S = 60.0
 
 MODEL = ModelInfo(
     name="echo",
@@ -84,7 +88,7 @@ class ByteCodec:
 
 @dataclass
 class FakeGateway:
-    """See the module. `tokens_per_chunk` sizes the chunks, `outcome` is what the cache is said to have done."""
+    """See the module. `tokens_per_chunk` sizes chunks; `outcome` is what the cache is said to have done."""
 
     settings: ApiSettings = field(default_factory=ApiSettings)
     info: ModelInfo | None = MODEL
@@ -96,6 +100,7 @@ class FakeGateway:
     fail_after: int | None = None
     hang: bool = False
     is_ready: bool = True
+    model_error: Exception | None = None
     generated: list[GenerateRequest] = field(default_factory=list)
     inferred: list[InferRequest] = field(default_factory=list)
     use_cache: list[bool] = field(default_factory=list)
@@ -104,6 +109,8 @@ class FakeGateway:
 
     @property
     def model(self) -> ModelInfo:
+        if self.model_error is not None:
+            raise self.model_error
         if self.info is None:
             raise UnavailableError("no router yet", retry_after_s=2.5)
         return self.info
@@ -202,12 +209,12 @@ def served(gateway: FakeGateway) -> Iterator[str]:
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        if not started.wait(30):
+        if not started.wait(PATIENCE_S):
             raise RuntimeError("the test server did not start")
         yield f"127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(PATIENCE_S)
 
 
 @dataclass
@@ -256,5 +263,15 @@ async def ask(
         "query_string": b"",
         "root_path": "",
     }
-    await create_app(gateway)(scope, receive, send)
+    async with asyncio.timeout(PATIENCE_S):
+        await create_app(gateway)(scope, receive, send)
     return reply
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """Waits for what another thread brings about."""
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError("what the test waits for did not happen")
+        time.sleep(0.005)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import tritonclient.http as triton
 import tritonclient.http.aio as triton_aio
-from fake_gateway import HIDDEN, FakeGateway, ask, served
+from fake_gateway import HIDDEN, FakeGateway, ask, served, wait_until
 from pimoe.deployments.api import ApiSettings
 from pimoe.runtime.errors import OverloadedError
 from tritonclient.utils import InferenceServerException
+
+Server = tuple[FakeGateway, str]
 
 DTYPES: dict[str, Any] = {
     "FP32": np.float32,
@@ -31,14 +33,14 @@ INFER_MANY = "/v2/models/echo/infer_many"
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[tuple[FakeGateway, str]]:
+def server() -> Iterator[Server]:
     gateway = FakeGateway()
     with served(gateway) as address:
         yield gateway, address
 
 
 @pytest.fixture
-def gateway(server: tuple[FakeGateway, str]) -> FakeGateway:
+def gateway(server: Server) -> FakeGateway:
     """The server's gateway, as new."""
     gateway = server[0]
     gateway.__dict__.update(FakeGateway().__dict__)
@@ -46,13 +48,13 @@ def gateway(server: tuple[FakeGateway, str]) -> FakeGateway:
 
 
 @pytest.fixture
-def client(server: tuple[FakeGateway, str], gateway: FakeGateway) -> Iterator[Any]:
+def client(server: Server, gateway: FakeGateway) -> Iterator[Any]:
     with triton.InferenceServerClient(server[1]) as client:
         yield client
 
 
 @pytest.fixture
-async def session(server: tuple[FakeGateway, str], gateway: FakeGateway) -> AsyncIterator[aiohttp.ClientSession]:
+async def session(server: Server, gateway: FakeGateway) -> AsyncIterator[aiohttp.ClientSession]:
     async with aiohttp.ClientSession(f"http://{server[1]}") as session:
         yield session
 
@@ -135,8 +137,6 @@ def test_versions_in_the_path(client: Any) -> None:
 
 
 def test_a_model_name_may_hold_slashes(client: Any, gateway: FakeGateway) -> None:
-    from dataclasses import replace
-
     assert gateway.info is not None
     gateway.info = replace(gateway.info, name="org/model")
     assert client.is_model_ready("org/model")
@@ -145,7 +145,9 @@ def test_a_model_name_may_hold_slashes(client: Any, gateway: FakeGateway) -> Non
 
 def test_parameters(client: Any, gateway: FakeGateway) -> None:
     # tritonclient keeps the names priority and timeout to itself: its arguments are Triton's.
-    client.infer("echo", triton_input(states()), priority=1, timeout=2_500_000, parameters={"layer": 2, "cache": False})
+    client.infer(
+        "echo", triton_input(states()), priority=1, timeout=2_500_000, parameters={"layer": 2, "cache": False}
+    )
     request = gateway.inferred[0]
     assert (request.layer, request.priority) == (2, 1.0)
     assert 2.4 < request.timeout_s <= 2.5
@@ -169,7 +171,7 @@ def test_errors_reach_tritonclient(client: Any, gateway: FakeGateway) -> None:
     assert busy.value.status() == "429"
 
 
-async def test_async_tritonclient(server: tuple[FakeGateway, str], gateway: FakeGateway) -> None:
+async def test_async_tritonclient(server: Server, gateway: FakeGateway) -> None:
     async with triton_aio.InferenceServerClient(server[1]) as client:
         result = await client.infer("echo", triton_input(states()))
         np.testing.assert_array_equal(result.as_numpy("output"), states() * 2)
@@ -201,7 +203,7 @@ async def test_json_numbers_nested_or_flat(session: aiohttp.ClientSession, neste
     assert answer["outputs"][0]["data"] == (numbers * 2).ravel().tolist()
 
 
-async def test_options_in_headers_and_body_first(session: aiohttp.ClientSession, gateway: FakeGateway) -> None:
+async def test_options_come_from_headers_too(session: aiohttp.ClientSession, gateway: FakeGateway) -> None:
     headers = {"x-pimoe-priority": "0.75", "x-pimoe-timeout": "9.5", "x-pimoe-cache": "false"}
     for parameters in ({}, {"priority": 0.125, "timeout": 4, "cache": True}):
         body = msgpack.packb(operation(states(), parameters=parameters))
@@ -268,7 +270,8 @@ async def test_infer_many_keeps_the_errors_of_one_to_itself() -> None:
                     raise OverloadedError("full", retry_after_s=3.0)
             return await super().infer(request, use_cache)
 
-    operations = [operation(states(tokens=tokens), parameters={"timeout": 0.05}) for tokens in (1, 2, 3, 4, 5)]
+    quick = {"timeout": 0.05}
+    operations = [operation(states(tokens=tokens), parameters=quick) for tokens in (1, 2, 3, 4, 5)]
     gateway = Picky(settings=ApiSettings(deadline_grace_s=0.01))
     reply = await ask(gateway, "POST", INFER_MANY, msgpack.packb({"requests": operations}), MSGPACK)
     answers = msgpack.unpackb(reply.body)["responses"]
@@ -279,12 +282,11 @@ async def test_infer_many_keeps_the_errors_of_one_to_itself() -> None:
     assert b"secret" not in reply.body
 
 
-def test_a_tritonclient_that_gives_up_cancels_the_work(server: tuple[FakeGateway, str], gateway: FakeGateway) -> None:
+def test_a_tritonclient_that_gives_up_cancels_the_work(server: Server, gateway: FakeGateway) -> None:
     gateway.hang = True
     with (
         triton.InferenceServerClient(server[1], network_timeout=0.2) as client,
         pytest.raises(TimeoutError),
     ):
         client.infer("echo", triton_input(states()))
-    while not gateway.cancelled:
-        time.sleep(0.01)
+    wait_until(lambda: gateway.cancelled)

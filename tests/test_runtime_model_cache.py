@@ -82,11 +82,15 @@ def test_a_freed_slot_leaves_nothing_to_its_next_sequence() -> None:
     assert not values.isnan().any()
 
 
+def covered_slots(view: SlotView) -> list[int]:
+    return list(range(view.first, view.stop)) if view.index is None else view.index.tolist()
+
+
 @given(st.sets(st.integers(0, 40), min_size=1))
 def test_a_view_of_slots_holds_each_and_wastes_at_most_half(chosen: set[int]) -> None:
     slots = sorted(chosen)
     view, places = select_slots(slots, CPU)
-    covered = list(range(view.first, view.stop)) if view.index is None else view.index.tolist()
+    covered = covered_slots(view)
     assert view.count == len(covered) <= 2 * len(slots)
     found = covered[: len(slots)] if places is None else [covered[place] for place in places.tolist()]
     assert found == slots
@@ -112,11 +116,7 @@ def test_every_row_sees_exactly_its_own_past(parts: tuple[Segment, ...], window:
     seen: dict[int, tuple[int, set[int]]] = {}  # row -> slot, positions
     if reads.decode is not None:
         read = reads.decode
-        covered = (
-            list(range(read.slots.first, read.slots.stop))
-            if read.slots.index is None
-            else read.slots.index.tolist()
-        )
+        covered = covered_slots(read.slots)
         width = read.length - read.first
         mask = torch.zeros(len(covered), width) if read.mask is None else read.mask[:, 0, 0]
         assert (mask == 0).any(1).all(), "a row that sees nothing has no finite softmax"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def test_streamed_text_adds_up_to_the_text_decoded_at_once(pair: tuple[Tokenizer
     ids = data.draw(st.lists(st.one_of(near_bytes, st.integers(0, backend.get_vocab_size() + 3)), max_size=40))
     cuts = sorted(data.draw(st.sets(st.integers(0, len(ids)), max_size=5)) | {0, len(ids)})
     stream = tokenizer.incremental()
-    text = "".join(stream.push(ids[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)) + stream.finish()
+    text = "".join(stream.push(ids[a:b]) for a, b in pairwise(cuts)) + stream.finish()
     assert text == tokenizer.decode(ids)
 
 
@@ -185,6 +186,7 @@ CHATML = (
     "{% endfor %}\n"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+BOS = {"bos_token": "<s>"}
 MESSAGES = [{"role": "user", "content": "1 < 2?"}, {"role": "tool", "content": "x"}]
 RENDERED = "<s><|user|>1 < 2?<|end|>\n<|assistant|>"
 
@@ -193,10 +195,7 @@ RENDERED = "<s><|user|>1 < 2?<|end|>\n<|assistant|>"
     "config",
     [
         {"chat_template": CHATML, "bos_token": "<s>"},
-        {
-            "chat_template": [{"name": "tools", "template": "no"}, {"name": "default", "template": CHATML}],
-            "bos_token": "<s>",
-        },
+        {"chat_template": [{"name": "rag", "template": "no"}, {"name": "default", "template": CHATML}], **BOS},
         {"chat_template": CHATML, "bos_token": {"content": "<s>", "special": True}},
     ],
 )
@@ -237,7 +236,8 @@ def test_templates_render_as_in_transformers(tmp_path: Path) -> None:
 
 
 def test_messages_that_a_template_refuses_are_the_callers_fault(tmp_path: Path) -> None:
-    template = "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}{{ messages[0].content + 1 }}"
+    check = "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}"
+    template = check + "{{ messages[0].content + 1 }}"
     tokenizer = load(save(tmp_path, byte_level(), chat_template=template))
     with pytest.raises(InvalidRequestError, match="user first"):
         tokenizer.render_chat([{"role": "system", "content": ""}])

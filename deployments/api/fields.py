@@ -11,6 +11,7 @@ from typing import Any
 from ...runtime.errors import InvalidRequestError
 
 _SHOWN_CHARS = 40
+_NAME_CHARS = 100
 
 
 def shown(value: object) -> str:
@@ -55,8 +56,8 @@ class Fields:
         """
         for name in self.values:
             if name not in known:
-                param = self.prefix + (name if isinstance(name, str) else shown(name))
-                raise InvalidRequestError(f"unknown field {shown(param)}", param[:100])
+                param = (self.prefix + (name if isinstance(name, str) else shown(name)))[:_NAME_CHARS]
+                raise InvalidRequestError(f"unknown field {param!r}", param)
 
     def integer(self, name: str, low: int, high: int) -> int | None:
         """An integer in [low, high], or None where absent."""

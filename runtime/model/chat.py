@@ -52,12 +52,11 @@ class ChatTemplate:
         Raises:
             InvalidRequestError: the template refuses the messages.
         """
+        names: dict[str, Any] = {"tools": None, "documents": None, "add_generation_prompt": True}
+        names |= self._special_tokens | dict(variables or {})
+        names["messages"] = [dict(message) for message in messages]
         try:
-            return self._template.render(
-                messages=[dict(message) for message in messages],
-                **{"tools": None, "documents": None, "add_generation_prompt": True},
-                **self._special_tokens | dict(variables or {}),
-            )
+            return self._template.render(names)
         except Exception as error:  # a template can fail in any way on messages that it did not expect
             raise InvalidRequestError(f"the chat template refused the messages: {error}", "messages") from error
 

@@ -17,6 +17,7 @@ ACTIVATION_NAMES: dict[str, Activation] = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_tanh": "gelu_tanh",
     "relu": "relu",
 }
 DTYPE_NAMES: dict[str, str] = {

@@ -1,0 +1,31 @@
+"""Fixtures for every test. The served application is started once per run: a cluster costs ten seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from pimoe.deployments.cluster import LocalCluster
+
+
+@pytest.fixture(scope="session")
+def application() -> Iterator[LocalCluster]:
+    """The embedded model behind HTTP: group-0 with two replicas, group-1 with one."""
+    from pimoe.deployments.cluster import LocalCluster, free_port
+    from pimoe.deployments.settings import AppSettings
+
+    share = {"num_cpus": 0.1}
+    settings = AppSettings.model_validate(
+        {
+            "groups": [{**share, "num_replicas": 2}, share],
+            "router": share,
+            "gateway": share,
+            "links": {"transport": "both"},
+        }
+    )
+    with LocalCluster(port=free_port()) as cluster:
+        cluster.start(settings)
+        yield cluster

@@ -1,0 +1,173 @@
+"""Text out of tokens: stop strings wherever tokens and characters break, and tensors' numbers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from fake_gateway import EOS, HIDDEN, MODEL, ByteCodec, logprob
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pimoe.deployments.api import wire
+from pimoe.deployments.api.assembly import Assembler, Piece, TextRules, first_stop, held_back
+from pimoe.runtime.errors import InvalidTensorError
+from pimoe.runtime.requests import TokenChunk
+
+
+def assemble(ids: list[int], sizes: list[int], rules: TextRules, reason: Any = "length") -> list[Piece]:
+    """The pieces that chunks of those sizes make, up to the one that ends the text."""
+    assembler = Assembler(ByteCodec(), rules)
+    pieces: list[Piece] = []
+    start = 0
+    while start < len(ids):
+        end = min(len(ids), start + sizes[len(pieces) % len(sizes)])
+        part = tuple(ids[start:end])
+        marks = tuple(logprob(token, 1) for token in part)
+        pieces.append(assembler.push(TokenChunk(part, reason if end == len(ids) else None, marks)))
+        if pieces[-1].finish_reason is not None:
+            break
+        start = end
+    return pieces
+
+
+def text_of(pieces: list[Piece]) -> str:
+    return "".join(piece.text for piece in pieces)
+
+
+@settings(deadline=None)
+@given(
+    text=st.text("abé", max_size=30),
+    stops=st.lists(st.text("abé", min_size=1, max_size=4), max_size=4).map(tuple),
+    sizes=st.lists(st.integers(1, 7), min_size=1, max_size=5),
+)
+def test_text_ends_before_the_first_stop_however_it_is_cut(
+    text: str, stops: tuple[str, ...], sizes: list[int]
+) -> None:
+    ids = list(text.encode())
+    pieces = assemble(ids, sizes, TextRules(stop=stops)) if ids else []
+    # Byte by byte the stop that completes first wins, which is not always the one that begins first.
+    ends = [at + len(stop) for stop in stops if (at := text.find(stop)) >= 0]
+    if not ends:
+        assert text_of(pieces) == text
+        assert not pieces or pieces[-1].finish_reason == "length"
+        return
+    upto = text[: min(ends)]
+    expected = upto[: first_stop(upto, stops)]
+    assert text_of(pieces) == expected
+    assert pieces[-1].finish_reason == "stop"
+    assert all(piece.finish_reason is None for piece in pieces[:-1])
+    assert [token for piece in pieces for token in piece.token_ids] == list(upto.encode())
+
+
+@settings(deadline=None)
+@given(text=st.text(max_size=20), sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3))
+def test_text_without_stops_is_whole(text: str, sizes: list[int]) -> None:
+    ids = [*text.encode(), EOS]
+    rules = TextRules(terminators=frozenset((EOS,)), logprobs=True)
+    pieces = assemble(ids, sizes, rules, "stop")
+    assert text_of(pieces) == text
+    offsets = [offset for piece in pieces for offset in piece.offsets]
+    assert len(offsets) == len(ids) == sum(len(piece.logprobs) for piece in pieces)
+    assert offsets == sorted(offsets)
+    assert offsets[-1] == len(text)
+
+
+def test_nothing_that_may_become_a_stop_is_sent_early() -> None:
+    pieces = assemble(list(b"xENxEND"), [1], TextRules(stop=("END",)))
+    assert [piece.text for piece in pieces] == ["x", "", "", "ENx", "", "", ""]
+
+
+def test_held_text_comes_out_at_the_end() -> None:
+    pieces = assemble(list(b"abEN"), [1], TextRules(stop=("END",)))
+    assert [piece.text for piece in pieces] == ["a", "b", "", "EN"]
+    assert pieces[-1].finish_reason == "length"
+
+
+def test_a_stop_does_not_end_before_min_tokens() -> None:
+    rules = TextRules(stop=("b",), min_tokens=4)
+    assert text_of(assemble(list(b"abcbabc"), [1], rules)) == "abc"
+    # The token that reaches the minimum may complete a stop that began before it.
+    assert text_of(assemble(list(b"abcEND"), [1], TextRules(stop=("cE",), min_tokens=4))) == "ab"
+
+
+def test_a_terminator_has_no_text_but_counts() -> None:
+    stop_token = ord("!")
+    rules = TextRules(terminators=frozenset((stop_token,)))
+    [piece] = assemble(list(b"hi!"), [10], rules, "stop")
+    assert (piece.text, piece.token_ids) == ("hi", (104, 105, 33))
+    # In the middle, or at a length limit, it is a token like any other.
+    [piece] = assemble(list(b"h!i!"), [10], rules, "length")
+    assert piece.text == "h!i!"
+
+
+def test_an_unfinished_character_at_the_end_is_replaced() -> None:
+    assert text_of(assemble([97, 0xC3], [1], TextRules())) == "a\ufffd"
+
+
+def test_the_last_chunk_may_be_empty() -> None:
+    assembler = Assembler(ByteCodec(), TextRules(stop=("END",)))
+    assert assembler.push(TokenChunk((69, 78))).text == ""
+    piece = assembler.push(TokenChunk((), "length"))
+    assert (piece.text, piece.finish_reason) == ("EN", "length")
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "held"),
+    [
+        ("", ("a",), 0),
+        ("aab", ("aabb",), 3),
+        ("xaa", ("aab", "b"), 2),
+        ("ab", ("a",), 0),
+        ("abab", ("abac",), 2),
+    ],
+)
+def test_held_back(text: str, stops: tuple[str, ...], held: int) -> None:
+    assert held_back(text, stops) == held
+
+
+@settings(deadline=None)
+@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3).map(tuple))
+def test_held_back_is_the_longest_beginning(text: str, stops: tuple[str, ...]) -> None:
+    lengths = [size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size])]
+    assert held_back(text, stops) == max(lengths, default=0)
+
+
+# Tensors on the wire
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=HIDDEN, max_size=HIDDEN))
+def test_bfloat16_rounds_as_hardware_does(values: list[float]) -> None:
+    with np.errstate(over="ignore"):
+        reference = np.array(values, np.float32).astype(ml_dtypes.bfloat16)
+    kind = wire.DATATYPES["BF16"]
+    if not np.isfinite(reference.astype(np.float32)).all():
+        with pytest.raises(InvalidTensorError):
+            wire.from_numbers(kind, (1, HIDDEN), values)
+        return
+    tensor = wire.from_numbers(kind, (1, HIDDEN), values)
+    assert tensor.data == reference.tobytes()
+    np.testing.assert_array_equal(wire.numbers(tensor), reference.astype(np.float32))
+
+
+@settings(deadline=None)
+@given(st.binary(min_size=16, max_size=16), st.sampled_from(sorted(wire.DATATYPES)))
+def test_finite_means_no_nan_and_no_inf(data: bytes, datatype: str) -> None:
+    kind = wire.DATATYPES[datatype]
+    dtype: Any = ml_dtypes.bfloat16 if datatype == "BF16" else kind.numpy
+    values = np.frombuffer(data, dtype).astype(np.float64)
+    assert wire.is_finite(kind, np.frombuffer(data, kind.numpy)) == all(map(math.isfinite, values))
+
+
+def test_bytes_are_not_copied() -> None:
+    data = memoryview(bytes(1 + 4 * HIDDEN))[1:]
+    tensor = wire.from_bytes(wire.DATATYPES["FP32"], (1, HIDDEN), data)
+    assert tensor.data is data
+
+
+def test_datatypes_are_one_to_one() -> None:
+    assert {wire.DATATYPE_OF[kind.name]: kind for kind in wire.DATATYPES.values()} == wire.DATATYPES
+    assert wire.checked_shape([3, HIDDEN], MODEL) == (3, HIDDEN)

@@ -1,0 +1,184 @@
+"""The served application, whole: Ray Serve, HAProxy, gateway, router, groups, and the clients people have."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import urllib.request
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+import tritonclient.http as triton
+from pimoe.clients import AsyncClient, Client
+from pimoe.deployments.cluster import LocalCluster
+from pimoe.runtime.embedded import SKILLS, held_out, is_exact
+
+PROMPT = "reverse: planet\n"
+
+
+@pytest.fixture
+def client(application: LocalCluster) -> Any:
+    with Client(application.url) as client:
+        yield client
+
+
+def test_every_skill_is_answered(client: Client) -> None:
+    for skill in SKILLS:
+        examples = held_out(skill, 5, seed=3)
+        right = [is_exact(e, client.generate(e.prompt, max_tokens=64, temperature=0).text) for e in examples]
+        assert sum(right) >= 4, skill
+
+
+def test_status_says_what_runs_where(client: Client) -> None:
+    status = client.status()
+    assert [group["name"] for group in status["groups"]] == ["group-0", "group-1"]
+    assert [len(group["replicas"]) for group in status["groups"]] == [2, 1]
+    assert sorted(e for group in status["groups"] for e in group["experts"]) == list(range(8))
+    replicas = [r for part in (*status["groups"], {"replicas": status["routers"]}) for r in part["replicas"]]
+    assert len({replica["pid"] for replica in replicas}) == 4
+    for replica in replicas:
+        assert {"id", "pid", "node", "address", "weights_bytes", "state"} <= set(replica)
+    assert status["queue"]["items"] == 0
+    assert status["cache"]["max_bytes"] > 0
+    assert len(status["gateways"]) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_repeated_request_comes_from_the_cache_byte_for_byte(application: LocalCluster, stream: bool) -> None:
+    body = {"model": "pimoe-embedded", "prompt": "sort: stratum\n", "max_tokens": 32, "temperature": 0}
+    answers = []
+    for _ in range(2):
+        request = urllib.request.Request(
+            f"{application.url}/v1/completions", json.dumps({**body, "stream": stream, "logprobs": 2}).encode()
+        )
+        request.add_header("content-type", "application/json")
+        with urllib.request.urlopen(request) as response:
+            answers.append((response.headers["x-pimoe-cache"], response.read()))
+    # The stream finds what the whole answer stored, or the other way round: the format is not part of the key.
+    assert answers[1][0] == "hit"
+    assert answers[0][1] == answers[1][1]
+
+
+def test_tensors_pass_the_experts_of_every_layer(client: Client) -> None:
+    hidden = np.random.default_rng(1).standard_normal((5, 128), dtype=np.float32)
+    outputs = [client.infer(hidden, layer=layer) for layer in range(4)]
+    assert all(output.shape == (5, 128) and output.dtype == np.float32 for output in outputs)
+    assert not np.allclose(outputs[0], outputs[1])
+    rows = [client.infer(hidden[i : i + 1], layer=0)[0] for i in range(5)]
+    np.testing.assert_allclose(np.stack(rows), outputs[0], atol=1e-5)
+
+
+def test_openai_sdk(application: LocalCluster) -> None:
+    sdk = openai.OpenAI(base_url=f"{application.url}/v1", api_key="none")
+    assert [model.id for model in sdk.models.list()] == ["pimoe-embedded"]
+    whole = sdk.completions.create(model="pimoe-embedded", prompt=PROMPT, max_tokens=32, temperature=0)
+    assert whole.choices[0].text == "tenalp"
+    assert whole.choices[0].finish_reason == "stop"
+    assert whole.usage is not None
+    assert whole.usage.prompt_tokens == len(PROMPT)
+    stream = sdk.chat.completions.create(
+        model="pimoe-embedded",
+        messages=[{"role": "user", "content": "reverse: planet"}],
+        max_tokens=32,
+        temperature=0,
+        stream=True,
+        extra_body={"priority": 1.0, "cache": False},
+    )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices) == "tenalp"
+    with pytest.raises(openai.NotFoundError):
+        sdk.completions.create(model="another", prompt=PROMPT)
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_tritonclient(application: LocalCluster, client: Client, binary: bool) -> None:
+    hidden = np.random.default_rng(2).standard_normal((3, 128), dtype=np.float32)
+    with triton.InferenceServerClient(application.url.removeprefix("http://")) as sdk:
+        assert sdk.is_server_live()
+        assert sdk.is_server_ready()
+        assert sdk.is_model_ready("pimoe-embedded")
+        states = triton.InferInput("hidden_states", list(hidden.shape), "FP32")
+        states.set_data_from_numpy(hidden, binary_data=binary)
+        wanted = triton.InferRequestedOutput("output", binary_data=binary)
+        output = sdk.infer("pimoe-embedded", [states], outputs=[wanted]).as_numpy("output")
+    np.testing.assert_allclose(output, client.infer(hidden), rtol=1e-6)
+
+
+def test_metrics_are_prometheus_text(application: LocalCluster, client: Client) -> None:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    client.generate(PROMPT, max_tokens=8, temperature=0, cache=False)
+    with urllib.request.urlopen(f"{application.url}/metrics") as response:
+        families = {f.name: f for f in text_string_to_metric_families(response.read().decode())}
+    assert sum(sample.value for sample in families["pimoe_expert_tokens"].samples) > 0
+    assert {s.labels["group"] for s in families["pimoe_group_rows"].samples} == {"group-0", "group-1"}
+    assert any(s.value > 0 for s in families["pimoe_requests"].samples)
+
+
+async def _ask_all(url: str, prompts: list[str]) -> list[tuple[int, ...]]:
+    async with AsyncClient(url) as client:
+        answers = await asyncio.gather(
+            *(client.generate(p, max_tokens=48, temperature=0, ignore_eos=True, cache=False) for p in prompts)
+        )
+    return [tuple(answer.token_ids) for answer in answers]
+
+
+async def _ask_while_killing(url: str, prompts: list[str], pid: int) -> list[tuple[int, ...]]:
+    """Ask all at once, and kill `pid` as soon as the first token of any is there."""
+    async with AsyncClient(url) as client:
+
+        async def ask(prompt: str) -> tuple[int, ...]:
+            tokens: list[int] = []
+            options: Any = {"max_tokens": 48, "temperature": 0, "ignore_eos": True, "cache": False}
+            async for chunk in client.stream(prompt, **options):
+                tokens += chunk.token_ids
+                if not killed:
+                    killed.append(pid)
+                    os.kill(pid, signal.SIGKILL)
+            return tuple(tokens)
+
+        killed: list[int] = []
+        return await asyncio.gather(*map(ask, prompts))
+
+
+@pytest.mark.parametrize("group", [0, 1], ids=["one of two replicas", "the only replica"])
+async def test_requests_survive_the_death_of_a_replica(application: LocalCluster, group: int) -> None:
+    prompts = [f"spell: {number}\n" for number in range(4200, 4216)]
+    calm = await _ask_all(application.url, prompts)
+    async with AsyncClient(application.url) as client:
+        before = (await client.status())["groups"][group]["replicas"]
+    survived = await _ask_while_killing(application.url, prompts, before[0]["pid"])
+    assert survived == calm
+    await _wait_replaced(application.url, group, len(before), before[0]["pid"])
+
+
+async def _wait_replaced(url: str, group: int, replicas: int, killed: int) -> None:
+    async with AsyncClient(url) as client, asyncio.timeout(60):
+        while True:
+            pids = [replica["pid"] for replica in (await client.status())["groups"][group]["replicas"]]
+            if len(pids) == replicas and killed not in pids:
+                return
+            await asyncio.sleep(0.2)
+
+
+async def test_requests_survive_the_death_of_the_router(application: LocalCluster) -> None:
+    prompts = [f"spell: {number}\n" for number in range(700, 704)]
+    calm = await _ask_all(application.url, prompts)
+    async with AsyncClient(application.url) as client:
+        (router,) = (await client.status())["routers"]
+    assert await _ask_while_killing(application.url, prompts, router["pid"]) == calm
+
+
+def test_user_config_changes_limits_without_a_restart(application: LocalCluster, client: Client) -> None:
+    """Through Serve's own interface for live settings, as a redeployed config does."""
+    from ray import serve
+
+    before = client.status()
+    handle = serve.get_deployment_handle("gateway", "pimoe")
+    handle.broadcast("reconfigure", {"cache": {"max_bytes": 1_000_000}}).results(timeout_s=10)
+    after = client.status()
+    assert after["cache"]["max_bytes"] == 1_000_000
+    assert after["gateways"][0]["pid"] == before["gateways"][0]["pid"]

@@ -1,0 +1,66 @@
+"""The distribution: every package listed, data files included, constraints complete."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import tomllib
+from importlib.metadata import distribution
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_every_package_is_listed() -> None:
+    folders = {
+        ".".join(("pimoe", *path.parent.relative_to(ROOT).parts))
+        for top in ("runtime", "deployments", "clients")
+        for path in (ROOT / top).rglob("__init__.py")
+    }
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == folders
+
+
+def test_import_names_are_the_installed_ones() -> None:
+    """Never the folder under a second name: the same file twice gives two different classes."""
+    for name in ("runtime", "deployments", "clients"):
+        spec = importlib.util.find_spec(f"pimoe.{name}")
+        assert spec is not None
+        assert spec.origin is not None
+        assert (Path(spec.origin).parent / "py.typed").exists()
+
+
+def test_version_is_one() -> None:
+    from pimoe.runtime import __version__
+
+    assert __version__ == PROJECT["project"]["version"] == distribution("pimoe").version
+
+
+def test_every_direct_dependency_is_pinned() -> None:
+    def name(requirement: str) -> str:
+        return re.split(r"[\[<>=;! ]", requirement)[0].lower()
+
+    extras = PROJECT["project"]["optional-dependencies"]
+    wanted = {name(r) for r in [*PROJECT["project"]["dependencies"], *extras["server"], *extras["dev"]]} - {
+        "pimoe"
+    }
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {name(line) for line in lines if line and not line.startswith("#")}
+    assert wanted <= pinned, wanted - pinned
+
+
+def test_embedded_model_is_in_the_package() -> None:
+    from pimoe.runtime.embedded import CHECKPOINT
+
+    files = {path.name for path in CHECKPOINT.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= files
+
+
+def test_nothing_names_this_machine() -> None:
+    """No machine path and no package index in anything that is committed."""
+    words = re.compile(r"(?<![\w.])/(?:work|root|home)/|extra-index-url|find-links|pypi\.org")
+    tops = ("runtime", "deployments", "clients", "tests", "load_tests")
+    files = [path for top in tops for path in (ROOT / top).rglob("*")] + list(ROOT.iterdir())
+    for path in files:
+        if path.suffix in (".py", ".md", ".toml", ".txt", ".yaml") or path.name in ("Makefile", "run"):
+            assert path == Path(__file__) or not words.search(path.read_text()), path
