@@ -285,13 +285,11 @@ class AsyncClient:
 
 
 def _checked_url(base_url: str) -> str:
-    parts = urlsplit(base_url)
-    if (
-        parts.scheme not in ("http", "https")
-        or not parts.hostname
-        or parts.query
-        or parts.fragment
-        or parts.port == 0
-    ):
+    try:
+        parts = urlsplit(base_url)
+        is_http = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number, or too large
+        is_http = False
+    if not is_http or "?" in base_url or "#" in base_url:
         raise ValueError(f"base_url is {base_url!r}, and must be like {DEFAULT_URL!r}")
     return base_url.rstrip("/")

@@ -13,6 +13,7 @@ try:
     import typer
     import yaml
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 except ImportError as missing:  # the light client is installed without the server's packages
     sys.exit(f"the pimoe command needs the server: pip install 'pimoe[server]' ({missing})")
@@ -71,7 +72,7 @@ def main() -> NoReturn:
 
 
 def _complain(code: str, text: str) -> int:
-    Console(stderr=True).print(f"[red]error[/] [{code}] {text}", highlight=False, markup=True, soft_wrap=True)
+    Console(stderr=True).print(f"[red]error[/] {escape(f'[{code}] {text}')}", highlight=False, soft_wrap=True)
     return 1
 
 

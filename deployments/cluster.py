@@ -113,7 +113,7 @@ class LocalCluster:
         self.host = host
         self.port = port
         self._files = tempfile.TemporaryDirectory(prefix="pimoe-", ignore_cleanup_errors=True)
-        self._ray_started = False
+        self._ray_started = self._serve_started = False
 
     @property
     def url(self) -> str:
@@ -155,8 +155,9 @@ class LocalCluster:
         from .app import build
 
         progress("starting Ray Serve")
-        serve.start(http_options=HTTPOptions(host=self.host, port=self.port), logging_config=_QUIET)
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        self._serve_started = True
+        serve.start(http_options=HTTPOptions(host=self.host, port=self.port), logging_config=_QUIET)
         progress(f"starting the gateway, the router and {len(settings.group_settings())} expert groups")
         application = build(settings)
         try:
@@ -181,12 +182,13 @@ class LocalCluster:
             import ray
             from ray import serve
 
-            self._ray_started = False
-            # Without a running Ray, `serve.shutdown()` would start one.
-            if ray.is_initialized():
-                with contextlib.suppress(Exception):  # a half-started Serve may fail; Ray's end comes regardless
-                    serve.shutdown()  # type: ignore[no-untyped-call]
+            with _muted():
+                # Without a running Ray, `serve.shutdown()` would start one.
+                if self._serve_started and ray.is_initialized():
+                    with contextlib.suppress(Exception):  # half started, it may fail; Ray's end comes regardless
+                        serve.shutdown()  # type: ignore[no-untyped-call]
                 ray.shutdown()
+            self._ray_started = self._serve_started = False
         self._files.cleanup()
 
     def __enter__(self) -> LocalCluster:
@@ -213,6 +215,21 @@ def owned_cluster(host: str, port: int, progress: Callable[[str], None]) -> Iter
 
 # Access logs cost a fifth of the requests/s, and pimoe has metrics of its own.
 _QUIET = {"enable_access_log": False, "log_level": "WARNING"}
+
+
+@contextlib.contextmanager
+def _muted() -> Iterator[None]:
+    """Ray prints of tasks that its own shutdown interrupts, past every logger: straight to the descriptors."""
+    with open(os.devnull, "w") as nowhere:
+        saved = [os.dup(number) for number in (1, 2)]
+        try:
+            for number in (1, 2):
+                os.dup2(nowhere.fileno(), number)
+            yield
+        finally:
+            for number, original in zip((1, 2), saved, strict=True):
+                os.dup2(original, number)
+                os.close(original)
 
 
 def _import_quietly() -> Any:

@@ -43,7 +43,16 @@ def local_settings(
         "gateway": {"num_cpus": share},
         "links": {"transport": "unix"},
     }
-    return AppSettings.model_validate({**fields, **overrides})
+    return AppSettings.model_validate(_merge(fields, overrides))
+
+
+def _merge(defaults: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Section by section, so that a file which sets one value of a section keeps the others' defaults."""
+    merged = dict(defaults)
+    for key, value in overrides.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
 
 
 def _gpu_share(gpus: int, workers: int) -> float:

@@ -13,7 +13,8 @@ from ..runtime.experts.client import RemoteGroup
 from ..runtime.links import LinkPool, LinkServer
 from ..runtime.loop_thread import LoopThread
 from ..runtime.model.loading import load_trunk
-from ..runtime.router.router import Router, RouterLimits
+from ..runtime.router.limits import RouterLimits
+from ..runtime.router.router import Router
 from ..runtime.router.server import RouterHandler
 from ..runtime.routing.dispatch import Dispatcher
 from ..runtime.routing.plan import Placement

@@ -7,20 +7,36 @@ once more where they are used. Unknown keys are errors, so that a typing mistake
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..runtime.batching import BatchLimits, QueueLimits
 from ..runtime.caching import CacheLimits
 from ..runtime.embedded import CHECKPOINT
+from ..runtime.errors import ConfigurationError
 from ..runtime.generation.scheduler import EngineLimits
 from ..runtime.links import LinkLimits
-from ..runtime.router.router import RouterLimits
+from ..runtime.router.limits import RouterLimits
 from .api.context import ApiSettings
 
 EMBEDDED_MODEL_NAME = "pimoe-embedded"
+
+T = TypeVar("T")
+
+
+def _made(kind: Callable[..., T], where: str, values: dict[str, Any]) -> T:
+    """A frozen dataclass of the runtime from a free-form section.
+
+    Raises:
+        ConfigurationError: a key that it does not have, or a value that it refuses.
+    """
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ConfigurationError(f"{where}: {error}", where) from error
 
 
 class _Section(BaseModel):
@@ -69,9 +85,9 @@ class LinkSettings(_Section):
         """The runtime's limits.
 
         Raises:
-            TypeError: an unknown limit.
+            ConfigurationError: an unknown limit, or a wrong one.
         """
-        return LinkLimits(**self.limits)  # type: ignore[arg-type]  # checked when made
+        return _made(LinkLimits, "links.limits", self.limits)
 
 
 class BatchSettings(_Section):
@@ -148,9 +164,9 @@ class GatewaySettings(ReplicaSettings):
         """The HTTP layer's settings.
 
         Raises:
-            TypeError: an unknown setting.
+            ConfigurationError: an unknown setting, or a wrong one.
         """
-        return ApiSettings(**self.api)  # type: ignore[arg-type]  # checked when made
+        return _made(ApiSettings, "gateway.api", self.api)
 
 
 class AppSettings(_Section):
@@ -176,6 +192,15 @@ class AppSettings(_Section):
     links: LinkSettings = Field(default_factory=LinkSettings)
     health_check_period_s: float = Field(default=1.0, gt=0)
     health_check_timeout_s: float = Field(default=30.0, gt=0)
+
+    @model_validator(mode="after")
+    def _check_limits(self) -> Self:
+        """The runtime checks its limits when they are made: make them now, before anything is started."""
+        self.links.to_limits()
+        self.router.to_limits()
+        self.gateway.to_api()
+        self.gateway.cache.to_limits()
+        return self
 
     @property
     def folder(self) -> Path:

@@ -22,9 +22,10 @@ from .experts.process import GroupProcess, GroupProcessConfig
 from .links import Endpoint, LinkPool
 from .links.authentication import new_secret
 from .model.checkpoint import Checkpoint
-from .model.loading import load_trunk
 from .model.families import read_spec
-from .router.router import Router, RouterLimits
+from .model.loading import load_trunk
+from .router.limits import RouterLimits
+from .router.router import Router
 from .routing.dispatch import Dispatcher, GroupBackend
 from .routing.plan import contiguous_placement
 from .tensors import torch_dtype

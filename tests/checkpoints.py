@@ -14,8 +14,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-logging.disable_progress_bar()
-logging.set_verbosity_error()
+logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 FAMILIES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 
@@ -57,7 +57,7 @@ def make_checkpoint(
     """
     config = AutoConfig.for_model(family, **{**_COMMON, **_BY_FAMILY[family], **overrides})
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -73,7 +73,7 @@ def reference_model(folder: Path, **options: Any) -> PreTrainedModel:
     """The checkpoint in transformers, with its plain attention and plain experts."""
     options = {"attn_implementation": "eager", "experts_implementation": "eager", **options}
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
-    return model.eval()
+    return model
 
 
 def edit_config(folder: Path, remove: tuple[str, ...] = (), **values: Any) -> None:

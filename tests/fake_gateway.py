@@ -10,7 +10,7 @@ import asyncio
 import codecs
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -128,7 +128,7 @@ class FakeGateway:
             await self._trouble()
         return GenerateAnswer(self.outcome, request.request_id, self.created_s, self._chunks(request))
 
-    async def _chunks(self, request: GenerateRequest) -> AsyncIterator[TokenChunk]:
+    async def _chunks(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
         self.open_streams += 1
         try:
             for count, chunk in enumerate(echo(request, self.tokens_per_chunk)):

@@ -1,4 +1,4 @@
-"""A transport without a network, for tests of `pimoe.clients`: it answers what the test says and keeps what it got."""
+"""A transport without a network, for tests of `pimoe.clients`: answers what it is told and keeps what it got."""
 
 from __future__ import annotations
 

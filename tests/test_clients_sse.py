@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +21,7 @@ EVENTS = [b"one", b"two", b"three\n lines", b'{"a": 1}', b"[DONE]"]
 def test_events_do_not_depend_on_the_pieces(cuts: list[int]) -> None:
     parser = SseParser(1000)
     edges = [0, *sorted(cuts), len(STREAM)]
-    pieces = [STREAM[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    pieces = [STREAM[start:end] for start, end in pairwise(edges)]
     assert [event for piece in pieces for event in parser.feed(piece)] == EVENTS
 
 

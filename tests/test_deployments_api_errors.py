@@ -73,9 +73,7 @@ def test_an_unknown_code_is_internal() -> None:
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, PimoeError, errors.CheckpointError])
-async def test_faults_are_logged_and_not_told(
-    kind: type[Exception], caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_faults_go_to_the_log_only(kind: type[Exception], caplog: pytest.LogCaptureFixture) -> None:
     error = kind("secret")
     with caplog.at_level(logging.ERROR):
         headers = {"x-request-id": "abc"}

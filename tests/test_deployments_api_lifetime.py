@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import msgpack
@@ -25,6 +25,8 @@ TENSOR = {
 }
 MSGPACK = {"content-type": "application/msgpack"}
 
+Leave = asyncio.Event | None
+
 CALLS: dict[str, tuple[str, bytes, dict[str, str]]] = {
     "completion": ("/v1/completions", orjson.dumps({"model": "echo", "prompt": "abc"}), {}),
     "choices": ("/v1/completions", orjson.dumps({"model": "echo", "prompt": ["abc", "d"], "n": 2}), {}),
@@ -38,9 +40,7 @@ CALLS: dict[str, tuple[str, bytes, dict[str, str]]] = {
 }
 
 
-async def call(
-    gateway: FakeGateway, name: str, leave: asyncio.Event | None = None, time_s: str = "60"
-) -> Reply:
+async def call(gateway: FakeGateway, name: str, leave: Leave = None, time_s: str = "60") -> Reply:
     path, body, headers = CALLS[name]
     return await ask(gateway, "POST", path, body, headers | {"x-pimoe-timeout": time_s}, leave)
 
@@ -160,12 +160,12 @@ async def test_a_finished_generation_is_read_to_its_end() -> None:
 async def test_one_refused_choice_ends_those_already_started() -> None:
     closed: list[int] = []
 
-    class Stream:
-        def __aiter__(self) -> Any:
-            return self
-
-        async def __anext__(self) -> TokenChunk:
+    class Stream(AsyncGenerator[TokenChunk, None]):
+        async def asend(self, value: None) -> TokenChunk:
             await asyncio.Event().wait()
+            raise StopAsyncIteration
+
+        async def athrow(self, *error: Any) -> TokenChunk:
             raise StopAsyncIteration
 
         async def aclose(self) -> None:

@@ -199,6 +199,14 @@ def test_usage_counts_tokens_up_to_the_stop(client: openai.OpenAI, gateway: Fake
     assert answer.usage.completion_tokens == 4
 
 
+def test_a_long_prompt(client: openai.OpenAI, gateway: FakeGateway) -> None:
+    gateway.info = replace(MODEL, max_context_tokens=100_000)
+    answer = client.completions.create(model="echo", prompt=["long" * 5000, "short"], max_tokens=8)
+    assert [choice.text for choice in answer.choices] == ["longlong", "short"]
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == 20_007
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_token_ids(client: openai.OpenAI, stream: bool) -> None:
     answer: Any = client.completions.create(

@@ -284,9 +284,7 @@ def test_checkpoint_has_the_tensor_names_of_the_hub() -> None:
 
 
 def test_checkpoint_knows_its_end_token(model: Any, tokenizer: Any) -> None:
-    assert {tokenizer.eos_token_id, model.config.eos_token_id, model.generation_config.eos_token_id} == {
-        END_ID
-    }
+    assert {tokenizer.eos_token_id, model.config.eos_token_id, model.generation_config.eos_token_id} == {END_ID}
     assert {tokenizer.pad_token_id, model.config.pad_token_id} == {PAD_ID}
     assert len(tokenizer) == model.config.vocab_size
 

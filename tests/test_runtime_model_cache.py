@@ -46,7 +46,7 @@ def test_growth_keeps_what_was_written_and_stays_within_limits() -> None:
     for _ in range(7):
         cache.allocate()
     write(cache, 7, 990, 2.0)
-    assert cache.bytes == 2 * 2 * 8 * 3 * 1000 * 4 * 4
+    assert cache.bytes == 2 * 2 * 8 * 3 * 990 * 4 * 4
     assert cache.bytes_per_token == 2 * 2 * 3 * 4 * 4
     for layer in range(2):
         keys, values = cache.read(layer, SlotView(0, 8), 0, 60)

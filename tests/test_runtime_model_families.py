@@ -175,6 +175,15 @@ def test_yarn_without_a_factor_takes_the_ratio_of_contexts(folder: Path) -> None
     assert decoder_spec(folder).rope.factor == 4.0
 
 
+def test_yarn_stretches_the_context(folder: Path) -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 200}
+    assert decoder_spec(folder).max_context_tokens == 256
+    edit_config(folder, rope_parameters=yarn)
+    assert decoder_spec(folder).max_context_tokens == 800
+    edit_config(folder, rope_parameters={**yarn, "original_max_position_embeddings": 32})
+    assert decoder_spec(folder).max_context_tokens == 256
+
+
 def test_missing_and_misshapen_tensors_are_named(folder: Path) -> None:
     file = folder / "model.safetensors"
     tensors = load_file(file)

@@ -44,7 +44,8 @@ PARAMETERS: list[dict[str, Any]] = [
 
 def both(parameters: dict[str, Any], theta: float, head_dim: int) -> tuple[RopeSpec, Qwen3MoeConfig]:
     values = {"rope_theta": theta, **parameters}
-    config = Qwen3MoeConfig(head_dim=head_dim, max_position_embeddings=40960, rope_parameters=dict(values))
+    options: dict[str, Any] = {"head_dim": head_dim, "rope_parameters": dict(values)}
+    config = Qwen3MoeConfig(max_position_embeddings=40960, **options)
     return read_rope(ConfigFields({"rope_parameters": values}, "config.json"), 40960, 1.0), config
 
 

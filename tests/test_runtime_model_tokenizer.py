@@ -222,8 +222,8 @@ def test_templates_render_as_in_transformers(tmp_path: Path) -> None:
         "{{ ns.turns }}{{ strftime_now('%Y') | length }}{{ eos_token }}{{ enable_thinking }}"
     )
     save(tmp_path, byte_level(), chat_template=template, eos_token="<|end|>")
-    tools = [{"type": "function", "function": {"name": "é<f>", "parameters": {}}}]
-    reference = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), eos_token="<|end|>")
+    tools: list[Any] = [{"type": "function", "function": {"name": "é<f>", "parameters": {}}}]
+    reference = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), eos_token="<|end|>")  # type: ignore[no-untyped-call]
     expected = reference.apply_chat_template(
         MESSAGES,
         tools=tools,

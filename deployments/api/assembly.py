@@ -8,13 +8,15 @@ ever sent.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import dataclass
 
 from ...runtime.errors import PimoeError
 from ...runtime.requests import FinishReason, TokenChunk, TokenLogprob
 from .context import TextCodec
+
+Chunks = AsyncGenerator[TokenChunk, None]
 
 _CLOSE_S = 1.0
 
@@ -125,18 +127,15 @@ class Assembler:
         return text
 
 
-async def close(chunks: AsyncIterator[TokenChunk]) -> None:
+async def close(chunks: Chunks) -> None:
     """Ends a generation that may still be running; once ended, does nothing."""
-    end = getattr(chunks, "aclose", None)
-    if end is None:
-        return
     # The request's own deadline may be what brought us here: it bounds nothing any more.
     with suppress(TimeoutError):
         async with asyncio.timeout(_CLOSE_S):
-            await end()
+            await chunks.aclose()
 
 
-async def pieces(chunks: AsyncIterator[TokenChunk], assembler: Assembler) -> AsyncGenerator[Piece, None]:
+async def pieces(chunks: Chunks, assembler: Assembler) -> AsyncGenerator[Piece, None]:
     """One choice, piece by piece; the generation is closed at the end, at a stop string and when this is
     closed.
 

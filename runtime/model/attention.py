@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .kv_cache import KVCache
+from .linear import Linear
 from .rope import rotate
 from .spec import DecoderSpec
 from .step import DecodeRead, PrefillRead, Reads, Step
@@ -21,17 +22,13 @@ class AttentionWeights:
 
     Attributes:
         qkv: `[(heads + 2 * kv_heads) * head_dim, hidden]`, queries, keys, values.
-        qkv_bias: `[(heads + 2 * kv_heads) * head_dim]`.
         output: `[hidden, heads * head_dim]`.
-        output_bias: `[hidden]`.
         qk_norm: scales of the norm of queries and keys: `[heads + kv_heads, head_dim]`.
     """
 
-    qkv: Tensor
-    output: Tensor
-    qkv_bias: Tensor | None = None
-    output_bias: Tensor | None = None
-    qk_norm: Tensor | None = None
+    qkv: Linear
+    output: Linear
+    qk_norm: Tensor | None
 
 
 class Attention:
@@ -49,6 +46,9 @@ class Attention:
         self.window = spec.sliding_windows[layer]
         self.num_heads, self.num_kv_heads, self.head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
         self._spec = spec
+        # With one query per KV head the CPU's bfloat16 kernel takes a path five times slower than with two.
+        cpu_bfloat16 = weights.qkv.device.type == "cpu" and weights.qkv.dtype is torch.bfloat16
+        self._doubles_queries = cpu_bfloat16 and spec.num_heads == spec.num_kv_heads
 
     def __call__(self, hidden: Tensor, step: Step, rotary: tuple[Tensor, Tensor], cache: KVCache) -> Tensor:
         """Attention of new tokens to themselves and to what the cache holds of their sequences.
@@ -65,12 +65,11 @@ class Attention:
         queries, keys, values = self._project(hidden, rotary)
         cache.append(self.layer, step.slots, step.positions, keys, values)
         attended = self._attend(queries, step.reads[self.window], cache)
-        return F.linear(attended, self.weights.output, self.weights.output_bias)
+        return self.weights.output(attended)
 
     def _project(self, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[tokens, heads, head_dim]`, keys and values `[tokens, kv_heads, head_dim]`."""
-        merged = F.linear(hidden, self.weights.qkv, self.weights.qkv_bias)
-        merged = merged.view(hidden.shape[0], -1, self.head_dim)
+        merged = self.weights.qkv(hidden).view(hidden.shape[0], -1, self.head_dim)
         # Queries and keys are normed and rotated together: half the number of small operations.
         split = self.num_heads + self.num_kv_heads
         turned, values = self._norm(merged[:, :split]), merged[:, split:]
@@ -107,8 +106,10 @@ class Attention:
     def _decode(self, queries: Tensor, read: DecodeRead, cache: KVCache) -> Tensor:
         """One query token per slot. The queries that share a KV head stand in as that head's query tokens, so
         that keys and values are read once and never repeated."""
-        count = queries.shape[0]
-        grouped = queries.reshape(count, self.num_kv_heads, -1, self.head_dim)
+        count, group = queries.shape[0], self.num_heads // self.num_kv_heads
+        grouped = queries.reshape(count, self.num_kv_heads, group, self.head_dim)
+        if self._doubles_queries:
+            grouped = grouped.expand(-1, -1, 2, -1)
         if read.places is not None:
             spread = grouped.new_zeros((read.slots.count, *grouped.shape[1:]))
             grouped = spread.index_copy_(0, read.places, grouped)
@@ -116,7 +117,7 @@ class Attention:
         attended = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=read.mask)
         if read.places is not None:
             attended = attended.index_select(0, read.places)
-        return attended.reshape(count, -1)
+        return attended[:, :, :group].reshape(count, -1)
 
     def _prefill(self, queries: Tensor, read: PrefillRead, cache: KVCache) -> Tensor:
         """Many query tokens of one slot. KV heads stand in as the batch, so that the group of queries sharing

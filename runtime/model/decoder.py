@@ -66,9 +66,7 @@ class Decoder:
             for layer in spec.experts.moe_layers
         }
         self._norm = weights.norm("model.norm")
-        self._head = self._embedding
-        if not spec.tie_word_embeddings:
-            self._head = weights.read("lm_head.weight", spec.vocab_size, spec.hidden_size)
+        self._head = weights.head(self._embedding)
         self._rotary = RotaryTable(spec.rope, spec.head_dim, device)
         self.weights_bytes = weights.nbytes
 
@@ -128,9 +126,11 @@ class Decoder:
         for index, layer in enumerate(self._layers):
             last = index == len(self._layers) - 1
             hidden, normed = self._attend(layer, hidden, step, rotary, cache, step.output_rows if last else None)
+            if not normed.shape[0]:  # a chunk of a prompt: nobody reads what comes after the last attention
+                return hidden.new_empty((0, self.spec.vocab_size), dtype=torch.float32)
             if layer.dense is not None:
                 hidden = _add(hidden, layer.dense, normed)
-            elif normed.shape[0]:
+            else:
                 routing = self._route(index, normed)
                 shared_out, expert_out = await _through_experts(layer.shared, index, normed, routing, experts)
                 hidden = _combine(hidden, expert_out, shared_out)
@@ -166,7 +166,7 @@ class Decoder:
 
     @torch.inference_mode()
     def _logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(self._rms_norm(hidden, self._norm), self._head).float()
+        return self._head(self._rms_norm(hidden, self._norm)).float()
 
     def _rms_norm(self, hidden: Tensor, scale: Tensor) -> Tensor:
         # The scale outside: the reference rounds to the model's dtype before it, the fused kernel after it.

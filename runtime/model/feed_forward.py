@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .linear import Linear
 from .spec import Activation
 
 ACTIVATION_FUNCTIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
@@ -28,15 +29,15 @@ class GatedFeedForward:
         activation: applied to the gate.
     """
 
-    def __init__(self, gate_up: Tensor, down: Tensor, activation: Activation) -> None:
+    def __init__(self, gate_up: Linear, down: Linear, activation: Activation) -> None:
         self.gate_up = gate_up
         self.down = down
         self._activation = ACTIVATION_FUNCTIONS[activation]
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """`[tokens, hidden]` -> `[tokens, hidden]`."""
-        gate, up = F.linear(hidden, self.gate_up).chunk(2, dim=-1)
-        return F.linear(self._activation(gate) * up, self.down)
+        gate, up = self.gate_up(hidden).chunk(2, dim=-1)
+        return self.down(self._activation(gate) * up)
 
 
 class SharedExpert:

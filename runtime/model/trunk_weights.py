@@ -8,6 +8,7 @@ from torch import Tensor
 from .attention import AttentionWeights
 from .checkpoint import Checkpoint
 from .feed_forward import GatedFeedForward, SharedExpert
+from .linear import Linear
 from .spec import DecoderSpec
 
 
@@ -43,6 +44,14 @@ class TrunkWeights:
         """The gate matrix `[experts, hidden]`."""
         return self.read(self._spec.gate_name(layer), self._spec.experts.num_experts, self._spec.hidden_size)
 
+    def head(self, embedding: Tensor) -> Linear:
+        """The projection to logits: a matrix of its own, or the embedding `[vocab, hidden]` once more."""
+        if not self._spec.tie_word_embeddings:
+            return Linear(self.read("lm_head.weight", self._spec.vocab_size, self._spec.hidden_size))
+        head = Linear(embedding)
+        self.nbytes += head.nbytes if head.is_packed else 0  # another layout is another copy
+        return head
+
     def attention(self, layer: int) -> AttentionWeights:
         """One layer's attention, with queries, keys and values merged."""
         spec, prefix = self._spec, f"model.layers.{layer}.self_attn"
@@ -51,15 +60,14 @@ class TrunkWeights:
             "k_proj": spec.num_kv_heads * spec.head_dim,
             "v_proj": spec.num_kv_heads * spec.head_dim,
         }
-        return AttentionWeights(
-            qkv=torch.cat([self.read(f"{prefix}.{part}.weight", n, spec.hidden_size) for part, n in rows.items()]),
-            qkv_bias=torch.cat([self.read(f"{prefix}.{part}.bias", n) for part, n in rows.items()])
-            if spec.qkv_bias
-            else None,
-            output=self.read(f"{prefix}.o_proj.weight", spec.hidden_size, spec.num_heads * spec.head_dim),
-            output_bias=self.read(f"{prefix}.o_proj.bias", spec.hidden_size) if spec.output_bias else None,
-            qk_norm=self._qk_norm(prefix),
-        )
+        qkv = torch.cat([self.read(f"{prefix}.{part}.weight", n, spec.hidden_size) for part, n in rows.items()])
+        qkv_bias = output_bias = None
+        if spec.qkv_bias:
+            qkv_bias = torch.cat([self.read(f"{prefix}.{part}.bias", n) for part, n in rows.items()])
+        output = self.read(f"{prefix}.o_proj.weight", spec.hidden_size, spec.num_heads * spec.head_dim)
+        if spec.output_bias:
+            output_bias = self.read(f"{prefix}.o_proj.bias", spec.hidden_size)
+        return AttentionWeights(Linear(qkv, qkv_bias), Linear(output, output_bias), self._qk_norm(prefix))
 
     def dense(self, layer: int) -> GatedFeedForward:
         """The feed-forward network of a layer without experts."""
@@ -77,7 +85,7 @@ class TrunkWeights:
         shape = (intermediate_size, self._spec.hidden_size)
         gate_up = torch.cat([self.read(f"{prefix}{part}.weight", *shape) for part in ("gate_proj", "up_proj")])
         down = self.read(f"{prefix}down_proj.weight", *reversed(shape))
-        return GatedFeedForward(gate_up, down, self._spec.experts.activation)
+        return GatedFeedForward(Linear(gate_up), Linear(down), self._spec.experts.activation)
 
     def _qk_norm(self, prefix: str) -> Tensor | None:
         """The scales of queries and keys as `[heads + kv_heads, head_dim]`, whatever the config's kind of norm."""

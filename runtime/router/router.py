@@ -4,32 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..batching import Batcher, BatchLimits, QueueLimits
+from ..batching import Batcher, BatchLimits
 from ..errors import InvalidRequestError, InvalidTensorError
 from ..generation.engine import Engine
-from ..generation.scheduler import EngineLimits
 from ..model.decoder import Decoder
 from ..requests import GenerateRequest, InferRequest, InferResult, ModelInfo, TokenChunk
 from ..routing.dispatch import Dispatcher
 from ..routing.strategies import RoutingStrategy
 from ..tensors import from_wire, to_wire, torch_dtype
+from .limits import RouterLimits
 
 _FLOATING = ("float32", "float16", "bfloat16", "float64")
-
-
-@dataclass(frozen=True, slots=True)
-class RouterLimits:
-    """The bounds of a router's parts."""
-
-    batching: BatchLimits = field(default_factory=BatchLimits)
-    queue: QueueLimits = field(default_factory=QueueLimits)
-    engine: EngineLimits = field(default_factory=EngineLimits)
 
 
 class Router:

@@ -92,7 +92,8 @@ def common_fields(source: FamilyInput, norm_eps: float, rope_theta: float = 10_0
     config = source.config
     config.refuse(REFUSED)
     hidden_size, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    max_context_tokens = config.integer("max_position_embeddings")
+    trained_tokens = config.integer("max_position_embeddings")
+    rope = read_rope(config, trained_tokens, rope_theta)
     ends = source.generation.integers("eos_token_id") + config.integers("eos_token_id")
     return CommonFields(
         family=config.text("model_type"),
@@ -102,14 +103,22 @@ def common_fields(source: FamilyInput, norm_eps: float, rope_theta: float = 10_0
         num_heads=num_heads,
         num_kv_heads=config.integer("num_key_value_heads", default=num_heads),
         head_dim=config.integer("head_dim", default=max(1, hidden_size // num_heads)),
-        max_context_tokens=max_context_tokens,
+        max_context_tokens=_context_tokens(trained_tokens, rope),
         norm_eps=config.number("rms_norm_eps", default=norm_eps),
         dtype=config.choice("dtype", "torch_dtype", options=DTYPE_NAMES, default=source.stored_dtype),
-        rope=read_rope(config, max_context_tokens, rope_theta),
+        rope=rope,
         top_k=config.integer("num_experts_per_tok"),
         tie_word_embeddings=config.flag("tie_word_embeddings", default=False),
         eos_token_ids=tuple(dict.fromkeys(ends)),
     )
+
+
+def _context_tokens(trained_tokens: int, rope: RopeSpec) -> int:
+    """YaRN is often switched on by adding `rope_scaling` to a config and nothing else (Qwen's model cards say so),
+    and then stretches further than `max_position_embeddings` says."""
+    if rope.kind == "yarn" and rope.original_max_tokens < trained_tokens:
+        return max(trained_tokens, int(rope.factor * rope.original_max_tokens))
+    return trained_tokens
 
 
 def activation(config: ConfigFields) -> Activation:
