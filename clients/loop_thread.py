@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import ctypes
 import os
 import threading
 from collections.abc import Callable, Coroutine
@@ -54,6 +55,7 @@ class LoopThread:
     def close(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Cancels what still runs, runs `last`, and ends the thread. Harmless when repeated."""
         if self._process not in (None, os.getpid()):
+            pass  # and what it belongs to
             return  # forked: neither the thread nor, for certain, an open lock came along
         with self._lock:
             loop, thread = self._loop, self._thread
@@ -81,6 +83,15 @@ class LoopThread:
         self._thread = threading.Thread(target=_serve, args=(loop,), name=self._name, daemon=True)
         self._thread.start()
         return loop
+
+
+def _keep_for_ever(value: object) -> None:
+    """Takes a reference that nobody gives back.
+
+    A forked child shares the sockets and the kernel's epoll object with its parent. Were the connections that it
+    inherited ever collected, they would close themselves, and so make the parent deaf to its own.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:

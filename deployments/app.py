@@ -22,13 +22,19 @@ from .settings import AppSettings, GroupSettings, ReplicaSettings
 _MANY = 100_000  # Serve's own queues are FIFO and must never be the ones that wait: ours know priorities
 
 
-def build(args: AppSettings) -> Application:
+def build(args: AppSettings | dict[str, Any]) -> Application:
     """The application: gateway -> router -> one deployment per expert group.
 
+    Args:
+        args: the settings, or a Serve config's `args` as they were read.
+
     Raises:
+        pydantic.ValidationError: a setting is unknown or has the wrong type.
         ConfigurationError: the settings contradict the checkpoint or each other.
         CheckpointError, UnknownFamilyError: the checkpoint cannot be served.
     """
+    # Serve converts by the annotation itself, and does not see through a postponed one.
+    args = AppSettings.model_validate(args)
     groups = plan_groups(args)
     spec = read_spec(Checkpoint(args.folder))
     folder = str(args.folder)

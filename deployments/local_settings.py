@@ -28,17 +28,22 @@ def local_settings(
         pydantic.ValidationError: a field is unknown or has the wrong type.
     """
     overrides = overrides or {}
-    if isinstance(overrides.get("groups"), list):
-        groups = len(overrides["groups"])
+    given = overrides.get("groups")
+    if isinstance(given, list):
+        groups = len(given)
     workers = groups * replicas + 1  # the groups' replicas and the router compute; the gateway does not
     cpus = os.cpu_count() or 1
     share = min(1.0, math.floor(100 * cpus / (workers + 1)) / 100)
     gpu_share = _gpu_share(_count_gpus() if gpus is None else gpus, workers)
     worker = {"num_cpus": share, "num_gpus": gpu_share, "threads": max(1, cpus // workers)}
+    group_defaults = {**worker, "num_replicas": replicas}
+    if isinstance(given, list):
+        named = [_merge(group_defaults, group) if isinstance(group, dict) else group for group in given]
+        overrides = {**overrides, "groups": named}
     fields: dict[str, Any] = {
         "model": model,
         "groups": groups,
-        "group_defaults": {**worker, "num_replicas": replicas},
+        "group_defaults": group_defaults,
         "router": worker,
         "gateway": {"num_cpus": share},
         "links": {"transport": "unix"},

@@ -61,7 +61,7 @@ def scripted_server() -> Iterator[ScriptedServer]:
         app = web.Application(client_max_size=2**26)
         app.router.add_route("*", "/{path:.*}", server.answer)
         # With handler_cancellation a handler learns that its client has left.
-        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.0)
+        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.0, lingering_time=1.0)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         server.url = f"http://127.0.0.1:{runner.addresses[0][1]}"

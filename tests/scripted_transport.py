@@ -63,10 +63,9 @@ class ScriptedTransport:
         return value
 
 
-def json_reply(value: object, status: int = 200, **headers: str) -> Reply:
-    """A JSON answer; underscores in the names of headers become dashes."""
-    named = {name.replace("_", "-"): text for name, text in headers.items()}
-    return Reply(status, named, [json.dumps(value).encode()])
+def json_reply(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Reply:
+    """A JSON answer."""
+    return Reply(status, headers or {}, [json.dumps(value).encode()])
 
 
 def msgpack_reply(value: object) -> Reply:

@@ -96,7 +96,7 @@ async def test_options_that_do_not_exist_are_refused() -> None:
 
 async def test_infer_many_merges_options_and_keeps_order() -> None:
     own, transport = client(msgpack_reply({"responses": [tensor(ones() * n) for n in range(3)]}))
-    operations = [ones(), InferOperation(ones(), layer=7, timeout_s=1), InferOperation(ones(), cache=True)]
+    operations: Any = [ones(), InferOperation(ones(), layer=7, timeout_s=1), InferOperation(ones(), cache=True)]
     outputs = await own.infer_many(operations, layer=1, cache=False, priority=0.5)
     assert [output[0, 0] for output in outputs] == [0, 1, 2]
     parameters = [request["parameters"] for request in transport.body()["requests"]]
@@ -169,7 +169,7 @@ async def test_infer_many_does_not_guess(answer: dict[str, Any]) -> None:
 
 
 async def test_generate() -> None:
-    own, transport = client(json_reply(completion("hello"), **HEADERS))
+    own, transport = client(json_reply(completion("hello"), headers=HEADERS))
     answer = await own.generate(
         "hi", max_tokens=5, temperature=0, stop=("a", "b"), seed=None, logprobs=0, extra_body={"user": "u"}
     )
@@ -201,7 +201,7 @@ async def test_prompts_may_be_token_ids(prompt: Any) -> None:
 async def test_chat() -> None:
     content = [{"token": "h", "logprob": -0.5, "top_logprobs": [{"token": "x", "logprob": -1}]}]
     message = {"role": "assistant", "content": "hello"}
-    own, transport = client(json_reply(completion(message=message, text=None, logprobs={"content": content})))
+    own, transport = client(json_reply(completion("", message=message, logprobs={"content": content})))
     answer = await own.chat([{"role": "user", "content": "hi"}], logprobs=1)
     assert answer.text == "hello"
     assert answer.logprobs == (TokenLogprob("h", -0.5, (("x", -1.0),)),)

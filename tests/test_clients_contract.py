@@ -64,18 +64,18 @@ def test_tensors_of_every_dtype(client: Client, gateway: FakeGateway, dtype: Any
 
 
 def test_many_tensors(client: Client) -> None:
-    outcomes = client.infer_many(
-        [hidden_states(), np.ones((1, HIDDEN + 1), np.float32)] * 300, return_exceptions=True
-    )
+    wrong = np.ones((1, HIDDEN + 1), np.float32)
+    outcomes = client.infer_many([hidden_states(), wrong] * 300, return_exceptions=True)
     assert len(outcomes) == 600
     for output, error in zip(outcomes[::2], outcomes[1::2], strict=True):
+        assert isinstance(output, np.ndarray)
         assert np.array_equal(output, hidden_states() * 2)
         assert isinstance(error, InvalidTensorError)
         assert error.status == 400
 
 
 def test_generation(client: Client, gateway: FakeGateway) -> None:
-    answer = client.generate("héy", max_tokens=20, temperature=0, top_k=5, seed=3, logprobs=2, priority=0.25)
+    answer = client.generate("héy", max_tokens=20, temperature=0.5, top_k=5, seed=3, logprobs=2, priority=0.25)
     assert (answer.text, answer.finish_reason, answer.usage) == ("héy", "stop", Usage(5, 5))
     assert bytes(answer.token_ids[:-1]) == "héy".encode()
     assert answer.logprobs is not None
@@ -108,12 +108,12 @@ def test_a_stream_adds_up_to_the_whole_answer(client: Client, prompt: Any) -> No
         (lambda c: c.generate("x", timeout_s=1e9), InvalidRequestError, "timeout"),
         (lambda c: c.generate("x", extra_body={"no_such": 1}), InvalidRequestError, "no_such"),
         (lambda c: c.infer(hidden_states() * np.nan), InvalidTensorError, "hidden_states"),
-        (lambda c: c.infer(hidden_states(), layer=1), InvalidRequestError, "layer"),
+        (lambda c: c.infer(hidden_states(), layer=1), InvalidRequestError, "parameters.layer"),
         (lambda c: c.infer(np.ones((2**22, HIDDEN), np.float32)), PayloadTooLargeError, None),
     ],
 )
 def test_bad_input(
-    client: Client, call: Callable[[Client], object], kind: type[PimoeClientError], param: str
+    client: Client, call: Callable[[Client], object], kind: type[PimoeClientError], param: str | None
 ) -> None:
     with pytest.raises(PimoeClientError) as caught:
         call(client)
@@ -146,13 +146,10 @@ def test_errors_from_behind(
     failed = client.infer_many([hidden_states()], return_exceptions=True)[0]
     assert isinstance(failed, PimoeClientError)
     errors = [failed]
-    for call in (
-        lambda: client.infer(hidden_states()),
-        lambda: client.generate("x"),
-        lambda: next(client.stream("x")),
-    ):
+    calls: Any = ((client.infer, hidden_states()), (client.generate, "x"), (next, client.stream("x")))
+    for call, argument in calls:
         with pytest.raises(PimoeClientError) as caught:
-            call()
+            call(argument)
         errors.append(caught.value)
     for error in errors:
         assert (type(error), error.code, error.retry_after_s) == (kind, raised.code, raised.retry_after_s)

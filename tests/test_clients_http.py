@@ -214,7 +214,7 @@ async def test_cancelling_a_task_is_seen_by_the_server(
     server: ScriptedServer, client: AsyncClient, streams: bool
 ) -> None:
     server.handler = endless = Endless(streams=streams)
-    task = asyncio.create_task(anext(client.stream("x")) if streams else client.generate("x"))  # type: ignore[arg-type]
+    task = asyncio.create_task(anext(client.stream("x")) if streams else client.generate("x"))
     await endless.began.waited()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -226,11 +226,9 @@ async def test_cancelling_a_task_is_seen_by_the_server(
 async def test_a_server_that_does_not_answer_in_time(server: ScriptedServer, streams: bool) -> None:
     server.handler = endless = Endless(streams=streams)
     async with AsyncClient(server.url, model="m", limits=Limits(grace_s=0)) as client:
+        call = anext(client.stream("x", timeout_s=0.5)) if streams else client.generate("x", timeout_s=0.5)
         with pytest.raises(DeadlineExceededError, match=r"within 0\.5 s"):
-            if streams:
-                await anext(client.stream("x", timeout_s=0.5))
-            else:
-                await client.generate("x", timeout_s=0.5)
+            await call
         await endless.left.waited()
 
 
@@ -289,15 +287,15 @@ async def test_an_own_session_is_used_and_left_open(server: ScriptedServer) -> N
 
 def test_a_client_stays_with_its_loop(server: ScriptedServer) -> None:
     async def ask() -> None:
-        await client.infer(ones())
+        await own.infer(ones())
 
     server.handler = echo
-    client = AsyncClient(server.url, model="m")
+    own = AsyncClient(server.url, model="m")
     with asyncio.Runner() as first:
         first.run(ask())
         with asyncio.Runner() as second, pytest.raises(RuntimeError, match="event loop of its first call"):
             second.run(ask())
-        first.run(client.close())
+        first.run(own.close())
 
 
 async def test_a_prefix_in_the_address(server: ScriptedServer) -> None:

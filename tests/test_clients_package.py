@@ -19,9 +19,8 @@ def modules() -> list[ModuleType]:
 
 
 def test_all_is_complete_and_sorted() -> None:
-    public = {
-        name for name, value in vars(pimoe.clients).items() if name[0] != "_" and not isinstance(value, ModuleType)
-    }
+    names = vars(pimoe.clients).items()
+    public = {name for name, value in names if name[0] != "_" and not isinstance(value, ModuleType)}
     assert set(pimoe.clients.__all__) == public
     assert sorted(pimoe.clients.__all__, key=lambda name: (not name.isupper(), name)) == pimoe.clients.__all__
 

@@ -8,7 +8,7 @@ import ml_dtypes
 import msgpack
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pimoe.clients import InvalidTensorError, ProtocolError
 from pimoe.clients.tensors import decode, encode
@@ -87,10 +87,12 @@ VALUES = st.recursive(
     | st.binary()
     | st.floats(allow_nan=False),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=10,
 )
 
 
 @given(st.dictionaries(st.text(), VALUES))
+@settings(max_examples=30)
 def test_pack_is_msgpack(value: dict[str, Any]) -> None:
     assert unpack(b"".join(pack(value)), "test") == value
 

@@ -155,6 +155,8 @@ def test_ill_fitting_layers_are_not_written(tmp_path: Path) -> None:
     experts[3]["up_proj.weight"] = torch.randn(11, 8)
     with pytest.raises(ConfigurationError, match="expert 3 has shapes"):
         write_layer_model(tmp_path, gate, experts, 2)
+    with pytest.raises(ConfigurationError, match=r"expert 0 has \['scale'\]; expected gate_proj"):
+        write_layer_model(tmp_path, gate, [{"scale": torch.ones(8)}] * 4, 2)
     with pytest.raises(ConfigurationError, match="modules of one class"):
         write_layer_model(tmp_path, gate, [ScaleExpert(8), nn.Linear(8, 8), *gated_experts(2)], 2)
     with pytest.raises(ConfigurationError, match="no subclass"):

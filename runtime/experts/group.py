@@ -86,43 +86,49 @@ class ExpertGroup:
         with torch.inference_mode():
             partial = _partial_sums(experts, rows, len(self.experts))
         self._batches += 1
-        self._rows += len(rows.hidden)
+        self._rows += rows.hidden.shape[0]
         self._pairs += len(rows.experts)
         self._busy_s += time.monotonic() - started
         return partial
 
 
 def _check_rows(rows: ExpertRows, hidden_size: int, num_experts: int) -> None:
-    offsets, experts = rows.offsets, rows.experts
+    hidden, offsets, experts, weights = rows.hidden, rows.offsets, rows.experts, rows.weights
     fits = (
-        rows.hidden.dim() == 2
-        and rows.hidden.shape[1] == hidden_size
-        and len(offsets) == len(rows.hidden) + 1
-        and len(experts) == len(rows.weights) == offsets[-1]
-        and len(experts) > 0
+        hidden.dim() == 2
+        and hidden.shape[1] == hidden_size
+        and offsets.dtype == experts.dtype == np.int32
+        and weights.dtype == np.float32
+        and offsets.shape == (hidden.shape[0] + 1,)
+        and experts.ndim == 1
+        and experts.shape == weights.shape == (offsets[-1],)
+        and experts.size > 0
         and offsets[0] == 0
-        and bool((np.diff(offsets) >= 0).all())
+        and (offsets[1:] - offsets[:-1]).min() >= 0
         and experts.min() >= 0
         and experts.max() < num_experts
     )
     if not fits:
         raise InvalidTensorError(
-            f"rows {tuple(rows.hidden.shape)} with {len(experts)} pairs do not fit a group of {num_experts} "
+            f"rows {tuple(hidden.shape)} with pairs of shape {experts.shape} do not fit a group of {num_experts} "
             f"experts of hidden size {hidden_size}"
         )
 
 
 def _partial_sums(layer: LayerExperts, rows: ExpertRows, num_experts: int) -> Tensor:
     order = np.argsort(rows.experts, kind="stable")
-    tokens = np.repeat(np.arange(len(rows.hidden)), np.diff(rows.offsets))[order]
+    tokens = np.repeat(np.arange(rows.hidden.shape[0]), rows.offsets[1:] - rows.offsets[:-1])[order]
     bounds = np.zeros(num_experts + 1, np.int32)
     np.cumsum(np.bincount(rows.experts, minlength=num_experts), out=bounds[1:])
     device = rows.hidden.device
     token_index = torch.from_numpy(tokens).to(device)
     outputs = layer.forward(rows.hidden.to(layer.dtype).index_select(0, token_index), bounds)
-    weights = torch.from_numpy(rows.weights[order]).to(device)
+    weighted = outputs.float() * torch.from_numpy(rows.weights[order]).to(device)[:, None]
     partial = torch.zeros(rows.hidden.shape, dtype=torch.float32, device=device)
-    return partial.index_add_(0, token_index, outputs.float() * weights[:, None])
+    if device.type == "cpu":
+        return partial.index_add_(0, token_index, weighted)
+    # On a GPU index_add_ adds in any order. This sorts first: a dispatch that is sent again gives the same bits.
+    return partial.index_put_((token_index,), weighted, accumulate=True)
 
 
 def _load_gated(

@@ -24,6 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
 }
 _CALIBRATION_PAIRS = (1, 8, 64, 512)
+_NEVER = 2**62
 
 
 class LayerExperts(Protocol):
@@ -56,9 +57,11 @@ class GatedExperts:
         self.gate_up = gate_up
         self.down = down
         self._activation = ACTIVATIONS[activation]
+        # grouped_mm wants rows of whole 16 bytes, on the CPU too.
+        self._can_group = all(weight.shape[2] * weight.itemsize % 16 == 0 for weight in (gate_up, down))
         # On a GPU one grouped kernel beats a launch per expert; only bfloat16 has such a kernel everywhere.
-        grouped = gate_up.is_cuda and gate_up.dtype is torch.bfloat16
-        self.grouped_from_pairs = 0 if grouped else 2**62
+        grouped = self._can_group and gate_up.is_cuda and gate_up.dtype is torch.bfloat16
+        self.grouped_from_pairs = 0 if grouped else _NEVER
 
     @property
     def weights_bytes(self) -> int:
@@ -72,7 +75,7 @@ class GatedExperts:
 
     def forward(self, hidden: Tensor, bounds: Int32) -> Tensor:
         """See the module."""
-        if len(hidden) >= self.grouped_from_pairs:
+        if hidden.shape[0] >= self.grouped_from_pairs:
             return self.forward_grouped(hidden, bounds)
         return self.forward_loop(hidden, bounds)
 
@@ -98,10 +101,10 @@ class GatedExperts:
         Only on the CPU, where both give the same bits: two replicas may find different thresholds, and a request
         that moves from one to the other must not notice.
         """
-        if self.gate_up.is_cuda:
+        if self.gate_up.is_cuda or not self._can_group:
             return
         num_experts, hidden_size = self.down.shape[0], self.down.shape[1]
-        self.grouped_from_pairs = 2**62
+        self.grouped_from_pairs = _NEVER
         for pairs in reversed(_CALIBRATION_PAIRS):
             hidden = torch.zeros(pairs, hidden_size, dtype=self.dtype)
             bounds = np.linspace(0, pairs, num_experts + 1).astype(np.int32)

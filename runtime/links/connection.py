@@ -8,18 +8,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from ..errors import ConfigurationError, LinkClosedError, LinkError, LinkProtocolError
+from ..errors import ConfigurationError, LinkClosedError, LinkError, LinkProtocolError, PayloadTooLargeError
 from ..requests import TensorData
-from .frames import Frame, FrameReader, Kind, encode_frame
+from .frames import PREFIX, Frame, FrameReader, Kind, encode_frame
 
 _HANDSHAKE_HEADER_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class LinkLimits:
-    """Bounds of a link.
+    """Bounds of a link; give both ends the same.
 
     Attributes:
+        max_header_bytes, max_body_bytes: of one frame. A sender refuses a longer one with `PayloadTooLargeError`;
+            a receiver gives up the link.
         handshake_timeout_s: from connecting to mutual authentication.
         ping_interval_s, ping_timeout_s: a client pings an open link, and gives it up when nothing at all has
             come back for `ping_timeout_s`. That must exceed the longest single computation of the peer, whose
@@ -50,6 +52,8 @@ class LinkConnection(asyncio.BufferedProtocol):
     Args:
         on_frame: called with every whole frame, on the event loop.
         on_closed: called once, with the reason (None: closed by this end, or end of file).
+        reads_when_full: whether to read on while the peer does not read. A server must not: its answers to a peer
+            that only sends would pile up. A client must: were neither end to read, both would wait for ever.
     """
 
     def __init__(
@@ -58,17 +62,20 @@ class LinkConnection(asyncio.BufferedProtocol):
         on_open: Callable[[LinkConnection], None],
         on_frame: Callable[[Frame], None],
         on_closed: Callable[[LinkError | None], None],
+        reads_when_full: bool = True,
     ) -> None:
         self._limits = limits
+        self._reads_when_full = reads_when_full
         self._on_open, self._on_frame, self._on_closed = on_open, on_frame, on_closed
         # Until the peer is authenticated it may send only the small frames of the handshake.
         self._reader = FrameReader(_HANDSHAKE_HEADER_BYTES, 0)
         self._transport: asyncio.Transport | None = None
         self._writable = asyncio.Event()
         self._writable.set()
+        self._gone = asyncio.Event()
         self._error: LinkError | None = None
         self.closed = False
-        self.received_frames = 0
+        self.received = 0  # how often anything at all came in
 
     def lift_limits(self) -> None:
         """The peer is authenticated: accept frames up to the link's limits."""
@@ -86,10 +93,21 @@ class LinkConnection(asyncio.BufferedProtocol):
 
         Raises:
             LinkClosedError: the socket is gone.
+            PayloadTooLargeError: the frame is over the link's limits, at which the peer would give up the link.
+            LinkProtocolError: the tensors are none that can be sent.
         """
         if self.closed or self._transport is None:
             raise LinkClosedError("the link is closed")
-        self._transport.writelines(encode_frame(kind, stream, header, tensors))
+        buffers = encode_frame(kind, stream, header, tensors)
+        header_bytes, body_bytes = len(buffers[0]) - PREFIX.size, sum(map(len, buffers[1:]))
+        if header_bytes > self._limits.max_header_bytes or body_bytes > self._limits.max_body_bytes:
+            raise PayloadTooLargeError(f"a frame of {header_bytes} + {body_bytes} bytes is over the link's limits")
+        self._transport.writelines(buffers)
+
+    @property
+    def writable(self) -> bool:
+        """Whether `drain` would return at once."""
+        return self._writable.is_set() and not self.closed
 
     async def drain(self) -> None:
         """Wait while the peer reads too slowly.
@@ -97,7 +115,8 @@ class LinkConnection(asyncio.BufferedProtocol):
         Raises:
             LinkClosedError: the socket is gone.
         """
-        if not self._writable.is_set():
+        # Again and again: of many who wait, the first to go on may fill the buffer for the next.
+        while not self._writable.is_set():
             await self._writable.wait()
         if self.closed:
             raise LinkClosedError("the link is closed")
@@ -109,10 +128,10 @@ class LinkConnection(asyncio.BufferedProtocol):
         if self._transport is not None:
             self._transport.abort()
 
-    def close(self) -> None:
-        """Close after what is queued has been written."""
+    async def wait_closed(self) -> None:
+        """Wait until an aborted connection has told `on_closed`."""
         if self._transport is not None:
-            self._transport.close()
+            await self._gone.wait()
 
     # asyncio's callbacks
 
@@ -129,15 +148,20 @@ class LinkConnection(asyncio.BufferedProtocol):
         self._writable.set()
         if self._error is None and error is not None:
             self._error = LinkClosedError(f"the link broke: {error}")
+        self._gone.set()
         self._on_closed(self._error)
 
     def pause_writing(self) -> None:
         """See `asyncio.BaseProtocol`."""
         self._writable.clear()
+        if not self._reads_when_full and self._transport is not None:
+            self._transport.pause_reading()
 
     def resume_writing(self) -> None:
         """See `asyncio.BaseProtocol`."""
         self._writable.set()
+        if not self._reads_when_full and self._transport is not None:
+            self._transport.resume_reading()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """See `asyncio.BufferedProtocol`."""
@@ -145,10 +169,9 @@ class LinkConnection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """See `asyncio.BufferedProtocol`."""
+        self.received += 1
         try:
-            frames = self._reader.buffer_updated(nbytes)
-            for frame in frames:
-                self.received_frames += 1
+            for frame in self._reader.buffer_updated(nbytes):
                 self._on_frame(frame)
         except LinkError as error:
             self.abort(error)

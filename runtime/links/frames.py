@@ -36,6 +36,7 @@ VERSION = 1
 PREFIX = struct.Struct("<4sBBHIIQ")
 ALIGNMENT = 64  # a cache line: what vectorised kernels like their inputs aligned to
 _RECEIVE_BYTES = 64 * 1024
+_MAX_DIMENSIONS = 32  # the product of an endless shape would keep the loop busy
 _ZEROS = bytes(ALIGNMENT)
 
 Buffer = bytes | bytearray | memoryview
@@ -78,7 +79,7 @@ def encode_frame(
     """The frame as buffers to be written one after the other; tensor bytes are not copied.
 
     Raises:
-        LinkProtocolError: a tensor's byte length is not that of its dtype and shape.
+        LinkProtocolError: a tensor's dtype may not travel, or its byte length is not that of its dtype and shape.
     """
     fields = dict(header) if header else {}
     body: list[Buffer] = []
@@ -86,10 +87,14 @@ def encode_frame(
     if tensors:
         fields["t"] = [(tensor.dtype, tensor.shape) for tensor in tensors]
         for tensor in tensors:
+            if tensor.dtype not in DTYPE_BYTES:
+                raise LinkProtocolError(f"tensor dtype {tensor.dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
             size = _tensor_bytes(tensor.dtype, tensor.shape)
             if size != tensor.nbytes:
                 raise LinkProtocolError(f"tensor {tensor.dtype}{tensor.shape} needs {size} B, has {tensor.nbytes}")
-            body.append(tensor.data)
+            if not size:
+                continue
+            body.append(_flat(tensor.data))
             if padding := _padding(size):
                 body.append(_ZEROS[:padding])
             body_bytes += size + padding
@@ -97,6 +102,13 @@ def encode_frame(
     padding = _padding(PREFIX.size + len(packed)) if body else 0
     prefix = PREFIX.pack(MAGIC, VERSION, kind, padding, stream, len(packed) + padding, body_bytes)
     return [prefix + packed + _ZEROS[:padding], *body]
+
+
+def _flat(data: Buffer) -> Buffer:
+    """The same memory as plain bytes: transports take a buffer's `len` for its size in bytes."""
+    if isinstance(data, memoryview) and (data.ndim != 1 or data.itemsize != 1):
+        return data.cast("B")
+    return data
 
 
 def _tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
@@ -107,7 +119,8 @@ def _unpack(data: memoryview) -> dict[str, Any]:
     if not len(data):
         return {}
     try:
-        header = msgpack.unpackb(data, ext_hook=_refuse_extension, strict_map_key=True)
+        # timestamp=1: the one extension that msgpack never asks the hook about comes as a plain number.
+        header = msgpack.unpackb(data, ext_hook=_refuse_extension, strict_map_key=True, timestamp=1)
     except LinkProtocolError:
         raise
     except Exception as error:  # msgpack raises a dozen types; all of them mean the same to us
@@ -121,13 +134,16 @@ def _refuse_extension(code: int, data: bytes) -> None:
     raise LinkProtocolError(f"msgpack extension type {code} refused")
 
 
-def _slice_tensors(described: Any, body: memoryview) -> list[TensorData]:
+def _slice_tensors(header: dict[str, Any], body: memoryview) -> list[TensorData]:
     tensors: list[TensorData] = []
+    described = header.get("t", ())
     offset = 0
     try:
         for dtype, shape in described:
+            if len(shape) > _MAX_DIMENSIONS or any(n < 0 for n in shape):
+                raise LinkProtocolError(f"tensor {dtype!r:.40} has an impossible shape")
             size = _tensor_bytes(dtype, shape)
-            if size < 0 or offset + size > len(body) or any(n < 0 for n in shape):
+            if offset + size > len(body):
                 raise LinkProtocolError(f"tensor {dtype}{shape} does not fit the frame's body")
             tensors.append(TensorData(dtype, tuple(shape), body[offset : offset + size]))
             offset += size + _padding(size)
@@ -192,9 +208,9 @@ class FrameReader:
             return None
         header = _unpack(self._view[start + PREFIX.size : start + head - padding])
         if not body_bytes:
-            frames.append(Frame(kind, stream, header, []))
+            frames.append(Frame(kind, stream, header, _slice_tensors(header, memoryview(b""))))
             return start + head
-        body = np.empty(body_bytes, np.uint8).data  # np.empty: no zeroing, aligned
+        body = np.empty(body_bytes, np.uint8).data  # np.empty: memory that is not zeroed first
         present = min(available - head, body_bytes)
         body[:present] = self._view[start + head : start + head + present]
         self._pending, self._body, self._body_filled = (kind, stream, header), body, present
@@ -217,7 +233,7 @@ class FrameReader:
         assert self._pending is not None
         assert self._body is not None
         kind, stream, header = self._pending
-        frame = Frame(kind, stream, header, _slice_tensors(header.get("t", ()), self._body))
+        frame = Frame(kind, stream, header, _slice_tensors(header, self._body))
         self._pending, self._body, self._body_filled = None, None, 0
         return frame
 

@@ -48,8 +48,8 @@ def write_layer_model(
     Args:
         folder: made where it is missing.
         gate: `[experts, hidden]`; its dtype is the model's.
-        experts: gated ones as mappings (or modules) of just the tensors `gate_proj.weight`, `up_proj.weight` and
-            `down_proj.weight`; custom ones as modules, or as state dicts of `expert_class`.
+        experts: gated ones as mappings of the tensors `gate_proj.weight`, `up_proj.weight`, `down_proj.weight`;
+            custom ones as modules, or as state dicts of `expert_class`.
         top_k: experts per token.
         renormalize: divide each token's chosen gate weights by their sum.
         activation: of gated experts.
@@ -63,7 +63,6 @@ def write_layer_model(
         ConfigurationError: shapes that do not fit, experts of different kinds, or a class that cannot be imported.
     """
     states = [dict(expert.state_dict() if isinstance(expert, nn.Module) else expert) for expert in experts]
-    gated = expert_class is None and all(set(state) == set(_GATED_NAMES) for state in states)
     if gate.dim() != 2 or gate.shape[0] != len(states) or not 1 <= top_k <= len(states):
         raise ConfigurationError(
             f"gate of shape {list(gate.shape)} and top_k {top_k} do not fit {len(states)} experts; "
@@ -77,7 +76,8 @@ def write_layer_model(
         "norm_topk_prob": renormalize,
         "dtype": str(gate.dtype).removeprefix("torch."),
     }
-    if gated:
+    # Modules always keep their own class: one with the names of a gated expert may still compute something else.
+    if expert_class is None and not any(isinstance(expert, nn.Module) for expert in experts):
         config |= {"intermediate_size": _intermediate_size(states, gate.shape[1]), "hidden_act": activation}
     else:
         path = expert_class or _class_path(experts)
@@ -161,10 +161,12 @@ def import_expert_class(path: str) -> type[nn.Module]:
 
 
 def _intermediate_size(states: Sequence[Mapping[str, Tensor]], hidden_size: int) -> int:
-    gate_name, up_name, down_name = _GATED_NAMES
-    size = states[0][gate_name].shape[0]
+    size = 0
     for expert, state in enumerate(states):
-        shapes = [tuple(state[name].shape) for name in (gate_name, up_name, down_name)]
+        if set(state) != set(_GATED_NAMES):
+            raise ConfigurationError(f"expert {expert} has {sorted(state)}; expected {', '.join(_GATED_NAMES)}")
+        shapes = [tuple(state[name].shape) for name in _GATED_NAMES]
+        size = size or shapes[0][0]
         if shapes != [(size, hidden_size), (size, hidden_size), (hidden_size, size)]:
             raise ConfigurationError(
                 f"expert {expert} has shapes {shapes}; expected gate and up [{size}, {hidden_size}], down "
@@ -178,8 +180,8 @@ def _class_path(experts: Sequence[Mapping[str, Tensor] | nn.Module]) -> str:
     kind = next(iter(kinds))
     if len(kinds) != 1 or not issubclass(kind, nn.Module):
         raise ConfigurationError(
-            f"experts must all be modules of one class, or mappings of {', '.join(_GATED_NAMES)}, or come with "
-            f"expert_class; got {sorted(kind.__name__ for kind in kinds)}"
+            f"experts must all be modules of one class or all mappings, unless expert_class is given; got "
+            f"{sorted(kind.__name__ for kind in kinds)}"
         )
     return f"{kind.__module__}:{kind.__qualname__}"
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Coroutine, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .plan import ExpertRows, Placement, combine, plan_dispatch
+from ..tasks import gather_or_cancel
+from .plan import ExpertRows, GroupPlan, Placement, combine, plan_dispatch
 from .strategies import Routing
 
 
@@ -51,7 +51,7 @@ class Dispatcher:
         self.groups = groups
         self._dispatches = 0
         self._group_rows = [0] * len(groups)
-        self._expert_pairs = np.zeros(placement.num_experts, np.int64)
+        self._group_pairs = [np.zeros(len(experts), np.int64) for experts in placement.groups]
         self._waiting_s = 0.0
 
     def until(self, deadline: float) -> BoundDispatch:
@@ -64,36 +64,28 @@ class Dispatcher:
         Raises: as `GroupBackend.run`. The other groups' work is cancelled then.
         """
         plans = plan_dispatch(routing, self.placement)
-        self._count(plans, routing)
+        self._count(plans)
         calls = [self.groups[plan.group].run(layer, plan.take(hidden), deadline) for plan in plans]
         started = time.monotonic()
-        partials = await _gather(calls)
+        partials = await gather_or_cancel(calls)
         self._waiting_s += time.monotonic() - started
         with torch.inference_mode():
             return combine(plans, partials, hidden)
 
-    def _count(self, plans: Sequence[Any], routing: Routing) -> None:
+    def _count(self, plans: Sequence[GroupPlan]) -> None:
         self._dispatches += 1
-        ids = routing.expert_ids.cpu().numpy().ravel()
-        self._expert_pairs += np.bincount(ids, minlength=self.placement.num_experts)
         for plan in plans:
+            pairs = self._group_pairs[plan.group]
+            pairs += np.bincount(plan.experts, minlength=len(pairs))
             self._group_rows[plan.group] += len(plan.offsets) - 1
 
     def statistics(self) -> DispatchStatistics:
         """See `DispatchStatistics`."""
-        pairs = tuple(self._expert_pairs.tolist())
-        return DispatchStatistics(self._dispatches, tuple(self._group_rows), pairs, self._waiting_s)
-
-
-async def _gather(calls: Sequence[Coroutine[Any, Any, Tensor]]) -> list[Tensor]:
-    if len(calls) == 1:
-        return [await calls[0]]  # no task: a third of a decode step's dispatches have one group only
-    tasks = [asyncio.ensure_future(call) for call in calls]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()  # of no effect on those that are done
+        pairs = [0] * self.placement.num_experts
+        for experts, counts in zip(self.placement.groups, self._group_pairs, strict=True):
+            for expert, count in zip(experts, counts.tolist(), strict=True):
+                pairs[expert] = count
+        return DispatchStatistics(self._dispatches, tuple(self._group_rows), tuple(pairs), self._waiting_s)
 
 
 class BoundDispatch:

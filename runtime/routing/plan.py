@@ -94,9 +94,12 @@ def plan_dispatch(routing: Routing, placement: Placement) -> list[GroupPlan]:
     # numpy: at decode sizes its calls cost a third of torch's.
     expert_ids = routing.expert_ids.cpu().numpy()
     weights = routing.weights.cpu().numpy()
-    group_ids = placement.group_of[expert_ids]
     local_ids = placement.local_of[expert_ids]
-    tokens = len(expert_ids)
+    tokens, top_k = expert_ids.shape
+    if len(placement.groups) == 1 and tokens:
+        offsets = np.arange(0, tokens * top_k + 1, top_k, dtype=np.int32)
+        return [GroupPlan(0, None, offsets, local_ids.ravel(), weights.ravel())]
+    group_ids = placement.group_of[expert_ids]
     plans = []
     for group in range(len(placement.groups)):
         chosen = group_ids == group
@@ -114,7 +117,8 @@ def plan_dispatch(routing: Routing, placement: Placement) -> list[GroupPlan]:
 def combine(plans: Sequence[GroupPlan], partials: Sequence[Tensor], hidden: Tensor) -> Tensor:
     """Add the groups' partial sums `[rows, hidden]` (float32) up to `[tokens, hidden]` float32.
 
-    Groups are added in their order, whichever answered first, so that the sum is the same every time.
+    Groups are added in their order, whichever answered first, so that the sum is the same every time. The first
+    group's partial sum may be used up for it.
     """
     if plans and plans[0].rows is None:
         total = partials[0].to(hidden.device)

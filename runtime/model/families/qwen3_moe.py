@@ -24,7 +24,7 @@ def read(source: FamilyInput) -> DecoderSpec:
         up="model.layers.{layer}.mlp.experts.{expert}.up_proj.weight",
         down="model.layers.{layer}.mlp.experts.{expert}.down_proj.weight",
     )
-    bias = config.flag("attention_bias", default=False)
+    bias = config.flag("attention_bias", default=False)  # of all four projections
     return DecoderSpec(
         **common,
         experts=experts,
