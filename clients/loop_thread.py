@@ -55,7 +55,7 @@ class LoopThread:
     def close(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Cancels what still runs, runs `last`, and ends the thread. Harmless when repeated."""
         if self._process not in (None, os.getpid()):
-            pass  # and what it belongs to
+            _keep_for_ever(last)  # and what it belongs to
             return  # forked: neither the thread nor, for certain, an open lock came along
         with self._lock:
             loop, thread = self._loop, self._thread
@@ -108,5 +108,6 @@ async def _end(loop: asyncio.AbstractEventLoop, last: Callable[[], Coroutine[Any
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
         await last()
+        await asyncio.sleep(0)  # connections tell that they are closed in the loop's next turn
     finally:
         loop.stop()

@@ -10,6 +10,7 @@ Tests use it, and benchmarks, as the limit that the served application is measur
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from .router.limits import RouterLimits
 from .router.router import Router
 from .routing.dispatch import Dispatcher, GroupBackend
 from .routing.plan import contiguous_placement
+from .tasks import gather_or_cancel
 from .tensors import torch_dtype
 
 Isolation = Literal["in-process", "processes"]
@@ -38,15 +40,21 @@ class LocalRuntime:
 
     Attributes:
         router: the backend.
-        processes: the groups' processes, group by group, when they have their own.
+        pools: links to the groups' processes, group by group, when they have their own.
+        processes: those processes.
     """
 
     def __init__(
-        self, router: Router, pools: Sequence[LinkPool] = (), processes: Sequence[list[GroupProcess]] = ()
+        self,
+        router: Router,
+        pools: Sequence[LinkPool],
+        processes: Sequence[Sequence[GroupProcess]],
+        cleanup: contextlib.AsyncExitStack,
     ) -> None:
         self.router = router
         self.pools = pools
         self.processes = processes
+        self._cleanup = cleanup
 
     @classmethod
     async def start(
@@ -59,7 +67,7 @@ class LocalRuntime:
         dtype: str | None = None,
         limits: RouterLimits | None = None,
     ) -> LocalRuntime:
-        """Load and start everything.
+        """Load and start everything. What was started is stopped again when something fails.
 
         Args:
             groups: how many expert groups the experts are split into.
@@ -70,32 +78,33 @@ class LocalRuntime:
         """
         trunk = load_trunk(folder, name, dtype)
         placement = contiguous_placement(trunk.info.num_experts, groups)
-        pools: list[LinkPool] = []
-        processes: list[list[GroupProcess]] = []
-        backends: list[GroupBackend]
-        if isolation == "in-process":
-            backends = [_load_group(folder, experts, trunk.info.dtype) for experts in placement.groups]
-        else:
-            secret = new_secret()
-            configs = [
-                GroupProcessConfig(f"group-{index}", str(folder), experts, trunk.info.dtype, secret)
-                for index, experts in enumerate(placement.groups)
-            ]
-            processes = [[await GroupProcess.start(c) for _ in range(replicas)] for c in configs]
-            pools = [_pool(c.name, group, secret) for c, group in zip(configs, processes, strict=True)]
-            await asyncio.gather(*(pool.start() for pool in pools))
-            backends = [RemoteGroup(pool) for pool in pools]
-        dispatcher = Dispatcher(placement, backends)
-        router = Router(trunk.info, trunk.gates, dispatcher, trunk.decoder, limits or RouterLimits())
-        router.start()
-        return cls(router, pools, processes)
+        async with contextlib.AsyncExitStack() as cleanup:
+            pools: list[LinkPool] = []
+            processes: list[list[GroupProcess]] = []
+            backends: list[GroupBackend]
+            if isolation == "in-process":
+                backends = [_load_group(folder, experts, trunk.info.dtype) for experts in placement.groups]
+            else:
+                secret = new_secret()
+                configs = [
+                    GroupProcessConfig(f"group-{index}", str(folder), experts, trunk.info.dtype, secret)
+                    for index, experts in enumerate(placement.groups)
+                ]
+                processes = await _start_processes(configs, replicas, cleanup)
+                pools = [_pool(c.name, group, secret) for c, group in zip(configs, processes, strict=True)]
+                for pool in pools:
+                    cleanup.push_async_callback(pool.close)
+                    await pool.start()
+                backends = [RemoteGroup(pool) for pool in pools]
+            dispatcher = Dispatcher(placement, backends)
+            router = Router(trunk.info, trunk.gates, dispatcher, trunk.decoder, limits or RouterLimits())
+            cleanup.push_async_callback(router.close)
+            router.start()
+            return cls(router, pools, processes, cleanup.pop_all())
 
     async def close(self) -> None:
         """Stop the router, the links and the processes."""
-        await self.router.close()
-        for pool in self.pools:
-            await pool.close()
-        await asyncio.gather(*(process.close() for group in self.processes for process in group))
+        await self._cleanup.aclose()
 
     async def __aenter__(self) -> Self:
         return self
@@ -109,6 +118,25 @@ class LocalRuntime:
 def _load_group(folder: Path, experts: Sequence[int], dtype: str) -> LocalGroup:
     checkpoint = Checkpoint(folder)
     return LocalGroup(ExpertGroup.load(checkpoint, read_spec(checkpoint).experts, experts, torch_dtype(dtype)))
+
+
+async def _start_processes(
+    configs: Sequence[GroupProcessConfig], replicas: int, cleanup: contextlib.AsyncExitStack
+) -> list[list[GroupProcess]]:
+    """`replicas` processes for each config, all at once: each takes seconds to import torch."""
+    started: list[GroupProcess] = []
+    cleanup.push_async_callback(_close_all, started)
+
+    async def start(config: GroupProcessConfig) -> GroupProcess:
+        started.append(process := await GroupProcess.start(config))
+        return process
+
+    flat = await gather_or_cancel([start(config) for config in configs for _ in range(replicas)])
+    return [flat[first : first + replicas] for first in range(0, len(flat), replicas)]
+
+
+async def _close_all(processes: Sequence[GroupProcess]) -> None:
+    await asyncio.gather(*(process.close() for process in processes))
 
 
 def _pool(name: str, processes: Sequence[GroupProcess], secret: str) -> LinkPool:

@@ -1,8 +1,8 @@
 """Deploys Serve configs as `serve deploy` does, on a cluster of this process' own: `serve_deploy.py FILE...`.
 
-The cluster claims CPUs and GPUs that the machine need not have; replicas without a GPU compute on the CPU. Prints one
-line of JSON per file: its name, and the application's status when it was up or had failed. `max_replicas_per_node` is
-taken out, since here is one node only.
+The cluster claims CPUs and GPUs that the machine need not have; replicas without a GPU compute on the CPU. Prints
+one line of JSON per file: its name, and the application's status when it was up or had failed.
+`max_replicas_per_node` is taken out, since here is one node only.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def main() -> None:
     )
     try:
         for name in sys.argv[1:]:
-            print(json.dumps({"file": Path(name).name, "status": _deploy(Path(name), port, dashboard)}), flush=True)
+            print(
+                json.dumps({"file": Path(name).name, "status": _deploy(Path(name), port, dashboard)}), flush=True
+            )
     finally:
         serve.shutdown()
         ray.shutdown()

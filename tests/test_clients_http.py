@@ -234,12 +234,17 @@ async def test_a_server_that_does_not_answer_in_time(server: ScriptedServer, str
 
 async def test_refused_while_the_body_is_still_on_its_way(server: ScriptedServer, client: AsyncClient) -> None:
     async def answer(request: web.Request) -> web.Response:
+        connections.append(request.transport)
         problem = {"title": "Content Too Large", "detail": "too large", "code": "payload_too_large"}
         return web.json_response(problem, status=413, content_type="application/problem+json")
 
+    connections: list[asyncio.Transport | None] = []
     server.handler = answer
     with pytest.raises(PayloadTooLargeError, match="too large"):
         await client.infer(np.ones((8_000, 256), np.float32))
+    # Or the next test would find a socket half sent. The event is in another thread.
+    while connections[0] and not connections[0].is_closing():  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
 
 
 async def test_nothing_listens() -> None:

@@ -155,6 +155,8 @@ def test_held_back_is_the_longest_beginning(text: str, stops: tuple[str, ...]) -
 
 
 @settings(deadline=None)
+@example([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 0.0, -0.0, 1e-40, 3.3e38, 3.4e38])  # ties, and the ends
+@example([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 0.0, -0.0, 1e-40, 3.3e38, 3.38e38])
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=HIDDEN, max_size=HIDDEN))
 def test_bfloat16_rounds_as_hardware_does(values: list[float]) -> None:
     with np.errstate(over="ignore"):

@@ -120,14 +120,19 @@ async def test_malformed_json(path: str, body: bytes) -> None:
         b"\x81\x01\x02",
         msgpack.packb(msgpack.ExtType(5, b"x")),
         msgpack.packb({"inputs": msgpack.Timestamp(1)}),
-        msgpack.packb({b"inputs": []}),
-        msgpack.packb([]),
         msgpack.packb({"inputs": [0] * 5000}),
         msgpack.packb({"inputs": "x" * 100_000}),
     ],
 )
 async def test_malformed_msgpack(path: str, body: bytes) -> None:
-    await refused(path, body, "invalid_request", headers=MSGPACK)
+    error = await refused(path, body, "invalid_request", headers=MSGPACK)
+    assert "not valid msgpack" in error["message"]
+
+
+@pytest.mark.parametrize("path", [INFER, INFER_MANY])
+@pytest.mark.parametrize("value", [[], None, 7, "text", b"bytes", {b"inputs": []}, {b"\xff": 1}])
+async def test_msgpack_that_is_no_request(path: str, value: Any) -> None:
+    await refused(path, msgpack.packb(value), "invalid_request", headers=MSGPACK)
 
 
 @pytest.mark.parametrize("path", [INFER, INFER_MANY, COMPLETIONS, CHAT])

@@ -192,6 +192,18 @@ async def test_msgpack(session: aiohttp.ClientSession, gateway: FakeGateway, dat
     assert 1.4 < gateway.inferred[0].timeout_s <= 1.5
 
 
+@pytest.mark.parametrize(("own", "binary"), [(None, True), (False, False), (True, True)])
+async def test_an_output_decides_for_itself(
+    session: aiohttp.ClientSession, own: bool | None, binary: bool
+) -> None:
+    tensor = {"name": "hidden_states", "shape": [1, HIDDEN], "datatype": "FP32", "data": [1.0] * HIDDEN}
+    output = {"name": "output", "parameters": {} if own is None else {"binary_data": own}}
+    request = {"inputs": [tensor], "outputs": [output], "parameters": {"binary_data_output": True}}
+    async with session.post(INFER, json=request) as response:
+        assert response.status == 200
+        assert ("inference-header-content-length" in response.headers) is binary
+
+
 @pytest.mark.parametrize("nested", [True, False])
 async def test_json_numbers_nested_or_flat(session: aiohttp.ClientSession, nested: bool) -> None:
     array = states("BF16")
@@ -270,8 +282,8 @@ async def test_infer_many_keeps_the_errors_of_one_to_itself() -> None:
                     raise OverloadedError("full", retry_after_s=3.0)
             return await super().infer(request, use_cache)
 
-    quick = {"timeout": 0.05}
-    operations = [operation(states(tokens=tokens), parameters=quick) for tokens in (1, 2, 3, 4, 5)]
+    operations = [operation(states(tokens=tokens)) for tokens in (1, 2, 3, 4, 5)]
+    operations[2]["parameters"] = {"timeout": 0.05}
     gateway = Picky(settings=ApiSettings(deadline_grace_s=0.01))
     reply = await ask(gateway, "POST", INFER_MANY, msgpack.packb({"requests": operations}), MSGPACK)
     answers = msgpack.unpackb(reply.body)["responses"]

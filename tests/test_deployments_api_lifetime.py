@@ -12,8 +12,10 @@ import orjson
 import pytest
 from fake_gateway import HIDDEN, PATIENCE_S, FakeGateway, Reply, ask
 from pimoe.deployments.api import ApiSettings, create_app, lifetime
+from pimoe.deployments.api.assembly import TextRules
+from pimoe.deployments.api.generation import Plan, started
 from pimoe.deployments.api.lifetime import Lifetime
-from pimoe.runtime.errors import DeadlineExceededError, RequestCancelledError
+from pimoe.runtime.errors import DeadlineExceededError, OverloadedError, RequestCancelledError
 from pimoe.runtime.requests import GenerateAnswer, GenerateRequest, TokenChunk
 
 QUICK = ApiSettings(deadline_grace_s=0.01)
@@ -74,13 +76,13 @@ async def test_each_operation_of_infer_many_has_its_own_deadline() -> None:
 async def test_a_client_that_leaves_cancels_the_work(name: str) -> None:
     gateway = FakeGateway(hang=True)
     leave = asyncio.Event()
-    started = gateway.inferred if name.startswith("infer") else gateway.generated
+    begun = gateway.inferred if name.startswith("infer") else gateway.generated
     task = asyncio.create_task(call(gateway, name, leave))
-    await until(lambda: started)
+    await until(lambda: begun)
     leave.set()
     reply = await task
     assert reply.status == 499
-    assert gateway.cancelled == len(started)
+    assert gateway.cancelled == len(begun)
 
 
 @pytest.mark.parametrize("name", ["completion", "choices", "stream"])
@@ -113,7 +115,8 @@ async def test_a_client_that_leaves_while_sending() -> None:
 
 async def test_a_deadline_in_the_middle_of_a_stream() -> None:
     gateway = FakeGateway(settings=QUICK, fail_after=2, hang=True)
-    reply = await call(gateway, "stream", time_s="0.05")
+    # Long enough for the first chunks on any machine.
+    reply = await call(gateway, "stream", time_s="1")
     assert reply.status == 200
     assert reply.complete
     events = reply.body.split(b"\n\n")
@@ -157,31 +160,65 @@ async def test_a_finished_generation_is_read_to_its_end() -> None:
         assert len(ended) == count
 
 
-async def test_one_refused_choice_ends_those_already_started() -> None:
-    closed: list[int] = []
+class Silent(AsyncGenerator[TokenChunk, None]):
+    """A generation that was admitted and says nothing; `closed` collects those that were closed."""
 
-    class Stream(AsyncGenerator[TokenChunk, None]):
-        async def asend(self, value: None) -> TokenChunk:
-            await asyncio.Event().wait()
-            raise StopAsyncIteration
+    def __init__(self, closed: list[Silent]) -> None:
+        self._closed = closed
 
-        async def athrow(self, *error: Any) -> TokenChunk:
-            raise StopAsyncIteration
+    async def asend(self, value: None) -> TokenChunk:
+        await asyncio.Event().wait()
+        raise StopAsyncIteration
 
-        async def aclose(self) -> None:
-            closed.append(1)
+    async def athrow(self, *error: Any) -> TokenChunk:
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        self._closed.append(self)
+
+
+async def test_one_refused_choice_ends_the_others() -> None:
+    closed: list[Silent] = []
+    admitted = asyncio.Event()
 
     class Half(FakeGateway):
         async def generate(self, request: GenerateRequest, use_cache: bool) -> GenerateAnswer:
             self.generated.append(request)
-            if len(self.generated) == 3:
-                await asyncio.sleep(0.01)
-                raise DeadlineExceededError("no time left")
-            return GenerateAnswer("miss", "id", 0, Stream())
+            match len(self.generated):
+                case 2:
+                    await self._trouble()
+                case 3:
+                    await admitted.wait()
+                    raise OverloadedError("no room")
+                case 4:
+                    admitted.set()
+            return GenerateAnswer("miss", "id", 0, Silent(closed))
 
-    reply = await call(Half(), "choices")
-    assert reply.status == 504
-    assert len(closed) == 3
+    gateway = Half(hang=True)
+    reply = await call(gateway, "choices")
+    assert reply.status == 429
+    # The second had not been admitted yet, the first and the last had.
+    assert gateway.cancelled == 1
+    assert len(closed) == 2
+
+
+async def test_generations_that_were_never_read_are_closed() -> None:
+    closed: list[Silent] = []
+
+    class Mute(FakeGateway):
+        async def generate(self, request: GenerateRequest, use_cache: bool) -> GenerateAnswer:
+            return GenerateAnswer("miss", "id", 0, Silent(closed))
+
+    plan = Plan((GenerateRequest("a", (1,)), GenerateRequest("b", (1,))), 2, False, TextRules())
+    async with started(Mute(), plan) as answers:
+        assert len(answers) == 2
+    assert len(closed) == 2
+
+
+async def test_a_refusal_with_the_first_chunk_still_has_its_status() -> None:
+    gateway = FakeGateway(fail_after=0, error=OverloadedError("no room"))
+    for name in ("stream", "completion", "choices"):
+        assert (await call(gateway, name)).status == 429
 
 
 async def test_a_body_that_does_not_come_is_given_up() -> None:
@@ -239,6 +276,23 @@ async def test_lifetime_disconnect(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(RequestCancelledError):
         await work()
+
+
+async def test_lifetime_leaves_no_watcher_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifetime, "WATCH_AFTER_S", 0.0)
+    watching = asyncio.Event()
+
+    async def receive() -> dict[str, Any]:
+        watching.set()
+        await asyncio.Event().wait()
+        return {}
+
+    async with Lifetime(10.0) as life:
+        life.watch(receive)
+        await watching.wait()
+        [watcher] = asyncio.all_tasks() - {asyncio.current_task()}
+    await asyncio.wait([watcher])
+    assert watcher.cancelled()
 
 
 async def test_lifetime_lets_a_foreign_cancellation_pass() -> None:

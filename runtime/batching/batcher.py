@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Hashable, Sequence
+from functools import partial
 from typing import Generic, NamedTuple, TypeVar
 
 from ..errors import DeadlineExceededError, PimoeError, RequestCancelledError
 from .policy import BatchLimits, CloseReason, QueueView, decide, virtual_deadline
 from .queue import PriorityQueue, QueueItem, QueueLimits, QueueStatistics
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -65,7 +69,7 @@ class Batcher(Generic[T, R]):
         self._wake = asyncio.Event()
         self._running: set[asyncio.Task[None]] = set()
         self._loop_task: asyncio.Task[None] | None = None
-        self._draining = False
+        self._draining = self._closing = False
         self._batches = self._tokens = 0
         self._closed: collections.Counter[str] = collections.Counter()
 
@@ -74,8 +78,9 @@ class Batcher(Generic[T, R]):
         self._loop_task = asyncio.create_task(self._run(), name="batcher")
 
     async def close(self) -> None:
-        """Fail what waits, cancel what runs."""
-        self.queue.drain(RequestCancelledError("the server is shutting down"))
+        """Fail what waits and what comes, cancel what runs."""
+        self._closing = True
+        self.queue.drain(_shutting_down())
         tasks = [*self._running, *([self._loop_task] if self._loop_task else [])]
         for task in tasks:
             task.cancel()
@@ -98,7 +103,11 @@ class Batcher(Generic[T, R]):
         Raises:
             OverloadedError: the queue is full, or the item was shed for more important work.
             DeadlineExceededError: `timeout_s` ran out.
+            RequestCancelledError: the batcher was closed.
+            PimoeError: what `execute` raised.
         """
+        if self._closing:
+            raise _shutting_down()
         now = self._clock()
         result: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         entry = _Entry(value, result)
@@ -159,11 +168,13 @@ class Batcher(Generic[T, R]):
         self._closed[reason] += 1
         task = asyncio.create_task(self._compute(batch))
         self._running.add(task)
-        task.add_done_callback(self._completed)
+        task.add_done_callback(partial(self._completed, batch))
 
-    def _completed(self, task: asyncio.Task[None]) -> None:
+    def _completed(self, batch: list[QueueItem[_Entry[T, R]]], task: asyncio.Task[None]) -> None:
         self._running.discard(task)
         self._wake.set()
+        for item in batch:
+            item.value.fail(_shutting_down())  # those of a task that was cancelled, perhaps before it began
 
     async def _compute(self, batch: list[QueueItem[_Entry[T, R]]]) -> None:
         entries = [item.value for item in batch if not item.value.result.done()]
@@ -171,16 +182,18 @@ class Batcher(Generic[T, R]):
             return
         try:
             results = await self._execute([e.value for e in entries], max(item.deadline for item in batch))
+            if len(results) != len(entries):  # before any is handed out: none is known to be its item's
+                raise PimoeError(f"a batch of {len(entries)} items got {len(results)} results")
             for entry, result in zip(entries, results, strict=True):
                 if not entry.result.done():
                     entry.result.set_result(result)
-        except asyncio.CancelledError:
-            self._fail(entries, RequestCancelledError("the server is shutting down"))
-            raise
         except Exception as error:  # whatever the model raises is these items' outcome, never the batcher's
-            self._fail(entries, error if isinstance(error, PimoeError) else PimoeError(f"batch failed: {error}"))
+            if not isinstance(error, PimoeError):
+                _log.error("a batch failed", exc_info=error)
+                error = PimoeError(f"the batch failed: {type(error).__name__}")
+            for entry in entries:
+                entry.fail(error)
 
-    @staticmethod
-    def _fail(entries: Sequence[_Entry[T, R]], error: Exception) -> None:
-        for entry in entries:
-            entry.fail(error)
+
+def _shutting_down() -> RequestCancelledError:
+    return RequestCancelledError("the server is shutting down")

@@ -1,12 +1,13 @@
-"""The priority queue in front of a batcher or an engine: static keys in a heap, bounded in tokens."""
+"""The priority queue in front of a batcher or an engine: sorted by static keys, bounded in tokens."""
 
 from __future__ import annotations
 
 import heapq
 import itertools
+from bisect import bisect_left, insort
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 from ..errors import ConfigurationError, DeadlineExceededError, OverloadedError, PimoeError
 
@@ -35,12 +36,13 @@ class QueueLimits:
 
 @dataclass(slots=True, eq=False)
 class QueueItem(Generic[T]):
-    """One waiting request.
+    """One waiting request; it is queued once.
 
     Attributes:
         key: virtual deadline; the smallest is served first.
         group: only items of one group share a batch (a tensor request's layer).
         fail: called with the error when the queue gives the item up (shed, or too late).
+        waiting, number: the queue's own: whether the item is in it, and as which it came.
     """
 
     value: T
@@ -51,7 +53,8 @@ class QueueItem(Generic[T]):
     key: float
     fail: Callable[[PimoeError], None]
     group: Hashable = None
-    waiting: bool = field(default=True, init=False)
+    waiting: bool = field(default=False, init=False)
+    number: int = field(default=-1, init=False)
 
 
 class QueueStatistics(NamedTuple):
@@ -65,17 +68,23 @@ class QueueStatistics(NamedTuple):
     cancelled: int
 
 
+# Sorting key, tie breaker and item: no two compare equal, so that items themselves are never compared.
+_Entry: TypeAlias = tuple[float, int, QueueItem[T]]
+
+
 class PriorityQueue(Generic[T]):
     """Single-threaded; every method runs on the event loop's thread.
 
-    Cancelled items leave at once and free their tokens; their heap entries go when they surface, and are swept
-    when they become the majority.
+    Three orders over the same items: by key within each group, by deadline, by importance. An item that leaves
+    frees its tokens at once. The two heaps lose its entries when they surface, or when most entries are left over.
     """
 
     def __init__(self, limits: QueueLimits) -> None:
         self.limits = limits
-        self._heap: list[tuple[float, int, QueueItem[T]]] = []
-        self._sequence = itertools.count()
+        self._groups: dict[Hashable, list[_Entry[T]]] = {}  # sorted: batches are read off without taking them out
+        self._by_deadline: list[_Entry[T]] = []  # a heap, as the next
+        self._by_importance: list[_Entry[T]] = []
+        self._numbers = itertools.count()
         self._items = self._tokens = 0
         self._refused = self._shed = self._expired = self._cancelled = 0
 
@@ -97,30 +106,40 @@ class PriorityQueue(Generic[T]):
         """Queue an item; when there is no room, the newest of the lowest priority go first.
 
         Raises:
-            OverloadedError: the queue is full of work that is at least as important.
+            OverloadedError: the queue is full of work that is at least as important; nothing was shed.
+            ValueError: the item was queued before.
         """
-        while self._is_over(item):
-            victim = self._least_important()
-            if victim is None or victim.priority >= item.priority:
-                self._refused += 1
-                raise OverloadedError("the queue is full", retry_after_s=self.limits.retry_after_s)
+        if item.number >= 0:
+            raise ValueError("a queue item can be queued only once")
+        for victim in self._make_room(item):
             self._leave(victim)
             self._shed += 1
             victim.fail(OverloadedError("shed for more important work", retry_after_s=self.limits.retry_after_s))
+        item.waiting, item.number = True, next(self._numbers)
         self._items += 1
         self._tokens += item.tokens
-        heapq.heappush(self._heap, (item.key, next(self._sequence), item))
+        insort(self._groups.setdefault(item.group, []), (item.key, item.number, item))
+        heapq.heappush(self._by_deadline, (item.deadline, item.number, item))
+        heapq.heappush(self._by_importance, (item.priority, -item.number, item))
 
-    def _is_over(self, item: QueueItem[T]) -> bool:
-        # An item larger than the whole queue is let in when nothing else waits: it could never enter otherwise.
-        over_tokens = self._tokens + item.tokens > self.limits.max_tokens and self._items > 0
-        return over_tokens or self._items >= self.limits.max_items
-
-    def _least_important(self) -> QueueItem[T] | None:
-        waiting = [entry for entry in self._heap if entry[2].waiting]
-        if not waiting:
-            return None
-        return min(waiting, key=lambda entry: (entry[2].priority, -entry[1]))[2]
+    def _make_room(self, item: QueueItem[T]) -> list[QueueItem[T]]:
+        """Who must go for `item`. Decided before anyone goes: shed for an item that is refused would be in vain."""
+        items, tokens = self._items, self._tokens
+        entries: list[_Entry[T]] = []
+        try:
+            # An item larger than the whole queue is let in when nothing else waits: it could never enter otherwise.
+            while items >= self.limits.max_items or (items and tokens + item.tokens > self.limits.max_tokens):
+                victim = self._first(self._by_importance)
+                if victim is None or victim.priority >= item.priority:
+                    self._refused += 1
+                    raise OverloadedError("the queue is full", retry_after_s=self.limits.retry_after_s)
+                entries.append(heapq.heappop(self._by_importance))
+                items -= 1
+                tokens -= victim.tokens
+        finally:
+            for entry in entries:
+                heapq.heappush(self._by_importance, entry)
+        return [entry[2] for entry in entries]
 
     def cancel(self, item: QueueItem[T]) -> None:
         """Take a waiting item out; nothing happens when it is gone already."""
@@ -130,9 +149,7 @@ class PriorityQueue(Generic[T]):
 
     def head(self) -> QueueItem[T] | None:
         """The item that is served next, still waiting."""
-        while self._heap and not self._heap[0][2].waiting:
-            heapq.heappop(self._heap)
-        return self._heap[0][2] if self._heap else None
+        return min(entries[0] for entries in self._groups.values())[2] if self._groups else None
 
     def pop(self) -> QueueItem[T]:
         """Take the head out.
@@ -143,14 +160,12 @@ class PriorityQueue(Generic[T]):
         item = self.head()
         if item is None:
             raise IndexError("the queue is empty")
-        heapq.heappop(self._heap)
         self._leave(item)
         return item
 
     def expire(self, now: float) -> None:
         """Fail what can no longer make its deadline, before anything is spent on it."""
-        late = [entry[2] for entry in self._heap if entry[2].waiting and entry[2].deadline <= now]
-        for item in late:
+        while (item := self._first(self._by_deadline)) is not None and item.deadline <= now:
             self._leave(item)
             self._expired += 1
             item.fail(DeadlineExceededError("the request's time ran out in the queue"))
@@ -159,25 +174,14 @@ class PriorityQueue(Generic[T]):
         """The items of the head's group, in order, that fit into `max_tokens`, and whether one was left behind
         only for lack of room. A head larger than `max_tokens` comes alone. Nothing is taken out."""
         head = self.head()
-        if head is None:
-            return [], False
         batch: list[QueueItem[T]] = []
-        seen: list[tuple[float, int, QueueItem[T]]] = []
-        tokens, left_behind = 0, False
-        while self._heap and not left_behind:
-            seen.append(heapq.heappop(self._heap))
-            item = seen[-1][2]
-            if not item.waiting or item.group != head.group:
-                continue
-            # No small one passes a big one by: big items must not starve.
-            left_behind = bool(batch) and tokens + item.tokens > max_tokens
-            if not left_behind:
-                batch.append(item)
-                tokens += item.tokens
-        for entry in seen:
-            if entry[2].waiting:
-                heapq.heappush(self._heap, entry)
-        return batch, left_behind
+        tokens = 0
+        for _, _, item in self._groups[head.group] if head is not None else ():
+            if batch and tokens + item.tokens > max_tokens:
+                return batch, True  # no small one passes a big one by: big items must not starve
+            batch.append(item)
+            tokens += item.tokens
+        return batch, False
 
     def take(self, batch: list[QueueItem[T]]) -> None:
         """Take these items out: they are being served."""
@@ -187,13 +191,24 @@ class PriorityQueue(Generic[T]):
     def drain(self, error: PimoeError) -> None:
         """Fail everything that waits."""
         while (item := self.head()) is not None:
-            self.take([item])
+            self._leave(item)
             item.fail(error)
+
+    @staticmethod
+    def _first(heap: list[_Entry[T]]) -> QueueItem[T] | None:
+        while heap and not heap[0][2].waiting:
+            heapq.heappop(heap)
+        return heap[0][2] if heap else None
 
     def _leave(self, item: QueueItem[T]) -> None:
         item.waiting = False
         self._items -= 1
         self._tokens -= item.tokens
-        if len(self._heap) > 64 and len(self._heap) > 2 * self._items:
-            self._heap = [entry for entry in self._heap if entry[2].waiting]
-            heapq.heapify(self._heap)
+        group = self._groups[item.group]
+        del group[bisect_left(group, (item.key, item.number))]
+        if not group:
+            del self._groups[item.group]
+        for heap in (self._by_deadline, self._by_importance):
+            if len(heap) > 64 + 2 * self._items:
+                heap[:] = [entry for entry in heap if entry[2].waiting]
+                heapq.heapify(heap)

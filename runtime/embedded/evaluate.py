@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+from ..tasks import gather_or_cancel
 from .skills import SKILLS, Example, held_out, is_exact
 
 # Completes one prompt, greedily, and returns the text.
@@ -46,7 +47,7 @@ async def evaluate(
     scores = []
     for skill in skills:
         examples = held_out(skill, samples)
-        completions = await asyncio.gather(*map(ask, examples))
+        completions = await gather_or_cancel([ask(example) for example in examples])
         pairs = list(zip(examples, completions, strict=True))
         wrong = [pair for pair in pairs if not is_exact(*pair)]
         scores.append(SkillScore(skill, len(pairs) - len(wrong), len(pairs), tuple(wrong[:3])))

@@ -199,8 +199,9 @@ follow. Without a user message it raises an error.
     {command}
 
 {steps:,} steps over {examples:,} generated examples, loss on the answers only, AdamW with a cosine
-schedule, and a load-balancing loss. It took {wall:.1f} minutes ({cpu:.1f} minutes of processor time) on two
-CPU cores that other work shared. The seed fixes the weights on one machine and one version of torch.
+schedule, and a load-balancing loss. It took {wall:.1f} minutes on two CPU cores that other work shared, and
+{cpu:.1f} minutes of processor time over its two threads. The seed fixes the weights on one machine and one
+version of torch.
 """
 
 _SAMPLES = {

@@ -128,7 +128,7 @@ _TABLE: Mapping[str, _Skill] = MappingProxyType(
             _sum,
             lambda argument: str(sum(_operands(argument))),
             key=lambda argument: str(sorted(_operands(argument))),
-            weight=2.0,
+            weight=3.0,
         ),
         "spell": _Skill(_number, lambda number: _in_words(int(number)), weight=1.0),
     }

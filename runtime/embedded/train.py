@@ -30,7 +30,7 @@ THREADS = 2
 class TrainConfig:
     """How to train. A batch is `batch_examples` prompts with their answers."""
 
-    steps: int = 2_000
+    steps: int = 3_000
     seed: int = 0
     batch_examples: int = 160
     peak_rate: float = 3e-3

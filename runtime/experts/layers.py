@@ -15,14 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..model.feed_forward import ACTIVATION_FUNCTIONS
+from ..model.spec import Activation
 from ..routing.plan import Int32
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-}
 _CALIBRATION_PAIRS = (1, 8, 64, 512)
 _NEVER = 2**62
 
@@ -53,10 +49,10 @@ class GatedExperts:
         down: `[experts, hidden, intermediate]`.
     """
 
-    def __init__(self, gate_up: Tensor, down: Tensor, activation: str) -> None:
+    def __init__(self, gate_up: Tensor, down: Tensor, activation: Activation) -> None:
         self.gate_up = gate_up
         self.down = down
-        self._activation = ACTIVATIONS[activation]
+        self._activation = ACTIVATION_FUNCTIONS[activation]
         # grouped_mm wants rows of whole 16 bytes, on the CPU too.
         self._can_group = all(weight.shape[2] * weight.itemsize % 16 == 0 for weight in (gate_up, down))
         # On a GPU one grouped kernel beats a launch per expert; only bfloat16 has such a kernel everywhere.

@@ -72,11 +72,14 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.decoder, self.dispatcher, self.limits, self.batch_limits = decoder, dispatcher, limits, batch_limits
-        model_limit = decoder.spec.max_context_tokens
-        self.max_context_tokens = min(limits.max_context_tokens or model_limit, model_limit)
+        bounds = (decoder.spec.max_context_tokens, limits.max_context_tokens, limits.max_kv_tokens)
+        self.max_context_tokens = min(bound for bound in bounds if bound is not None)
         self.queue: PriorityQueue[_Stream] = PriorityQueue(queue_limits)
         self.cache = decoder.new_cache(limits.max_sequences, self.max_context_tokens)
+        # A config may name end tokens that its vocabulary lacks.
+        self._eos = tuple(token for token in decoder.spec.eos_token_ids if token < decoder.spec.vocab_size)
         self._clock = clock
+        self._closing = False
         self._running: list[Generation] = []
         self._streams: dict[Generation, _Stream] = {}
         self._wake = asyncio.Event()
@@ -92,7 +95,8 @@ class Engine:
         self._loop_task = asyncio.create_task(self._run(), name="engine")
 
     async def close(self) -> None:
-        """Let running sequences go on for `limits.drain_s`, then fail what is left."""
+        """Refuse what comes, fail what waits, let run what runs for `limits.drain_s`, then fail that too."""
+        self._closing = True
         self.queue.drain(RequestCancelledError("the server is shutting down"))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.limits.drain_s):
@@ -101,6 +105,7 @@ class Engine:
             self._loop_task.cancel()
             await asyncio.gather(self._loop_task, return_exceptions=True)
         self._fail(self._running, RequestCancelledError("the server is shutting down"))
+        self._remove_finished()
 
     def statistics(self) -> EngineStatistics:
         """See `EngineStatistics`."""
@@ -122,8 +127,14 @@ class Engine:
             ContextLengthError, InvalidRequestError: the request can never run here.
             OverloadedError: the queue is full.
             DeadlineExceededError: its time ran out.
+            RequestCancelledError: the engine is closing.
         """
         self._check(request)
+        if self._closing:
+            raise RequestCancelledError("the server is shutting down")
+        if request.emitted and (reason := self._finish_reason(request, request.emitted[-1], len(request.emitted))):
+            yield TokenChunk((), reason)  # of the resumed request only the end had been lost
+            return
         now = self._clock()
         deadline = now + request.timeout_s
         stream = _Stream(request)
@@ -150,7 +161,7 @@ class Engine:
 
     async def _next_chunk(self, stream: _Stream, deadline: float) -> TokenChunk:
         try:
-            async with asyncio.timeout_at(deadline):
+            async with asyncio.timeout(max(0.0, deadline - self._clock())):
                 chunk = await stream.chunks.get()
         except TimeoutError:
             raise DeadlineExceededError("the request's time ran out") from None
@@ -159,7 +170,9 @@ class Engine:
         return chunk
 
     def _check(self, request: GenerateRequest) -> None:
-        prompt, wanted = len(request.prompt_token_ids), request.sampling.max_tokens
+        """What one request could do to the others of its step must be found here."""
+        sampling = request.sampling
+        prompt, wanted = len(request.prompt_token_ids), sampling.max_tokens
         if prompt < 1 or wanted < 1:
             raise InvalidRequestError("a generation needs at least one prompt token and max_tokens of at least 1")
         if prompt + wanted > self.max_context_tokens:
@@ -168,9 +181,16 @@ class Engine:
                 f"{self.max_context_tokens} tokens",
                 "max_tokens",
             )
+        if len(request.emitted) > wanted:
+            raise InvalidRequestError(f"{len(request.emitted)} tokens were emitted of at most {wanted}", "emitted")
         vocab = self.decoder.spec.vocab_size
-        if not all(0 <= token < vocab for token in request.prompt_token_ids):
-            raise InvalidRequestError(f"a prompt token id is outside of the vocabulary of {vocab}", "prompt")
+        for name, tokens in (
+            ("prompt", request.prompt_token_ids),
+            ("emitted", request.emitted),
+            ("stop_token_ids", sampling.stop_token_ids),
+        ):
+            if tokens and not (min(tokens) >= 0 and max(tokens) < vocab):
+                raise InvalidRequestError(f"a token id in {name} is outside of the vocabulary of {vocab}", name)
 
     def _abandon(self, stream: _Stream) -> None:
         generation = stream.generation
@@ -202,8 +222,9 @@ class Engine:
             logits = await self._compute(items)
             self._hand_out(items, logits)
         except asyncio.CancelledError:
-            if not all(g.finished for g in self._running):
-                raise
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise  # the engine is being closed, not just this step abandoned
+            self._fail([item.generation for item in items], PimoeError("step failed: it was cancelled"))
         except Exception as error:  # a model's failure is its sequences' outcome
             failure = error if isinstance(error, PimoeError) else PimoeError(f"step failed: {error!r}")
             self._fail([item.generation for item in items], failure)
@@ -228,9 +249,6 @@ class Engine:
             stream.generation = generation
             self._running.append(generation)
             self._streams[generation] = stream
-            if request.emitted and (reason := self._finish_reason(generation)) is not None:
-                generation.finished = True  # only its end had been lost
-                stream.chunks.put_nowait(TokenChunk((), reason))
 
     async def _compute(self, items: Sequence[StepItem]) -> torch.Tensor:
         token_ids: list[int] = []
@@ -243,7 +261,9 @@ class Engine:
             if item.samples:
                 rows.append(len(token_ids) - 1)
         batch = ForwardBatch(torch.tensor(token_ids), tuple(segments), torch.tensor(rows, dtype=torch.int64))
-        experts = self.dispatcher.until(max(item.generation.deadline for item in items))
+        # Readers leave at their own deadlines; the step goes on for the last of them. On the loop's clock.
+        remaining_s = max(item.generation.deadline for item in items) - self._clock()
+        experts = self.dispatcher.until(asyncio.get_running_loop().time() + remaining_s)
         self._computing = asyncio.ensure_future(self.decoder.forward(batch, self.cache, experts))
         try:
             return await self._computing
@@ -272,7 +292,7 @@ class Engine:
         generation.tokens.append(token)
         if generation.finished:
             return  # its reader left during the step
-        reason = self._finish_reason(generation)
+        reason = self._finish_reason(generation.request, token, generation.generated)
         generation.finished = reason is not None
         chunk = TokenChunk((token,), reason, None if logprob is None else (logprob,))
         self._streams[generation].chunks.put_nowait(chunk)
@@ -281,15 +301,14 @@ class Engine:
         sampling = generation.request.sampling
         if generation.generated >= sampling.min_tokens:
             return ()
-        return (*self.decoder.spec.eos_token_ids, *sampling.stop_token_ids)
+        return (*self._eos, *sampling.stop_token_ids)
 
-    def _finish_reason(self, generation: Generation) -> FinishReason | None:
-        sampling, token = generation.request.sampling, generation.tokens[-1]
-        if token in sampling.stop_token_ids:
+    def _finish_reason(self, request: GenerateRequest, token: int, generated: int) -> FinishReason | None:
+        """Why a request ends with `token`, the last of `generated`; None when it goes on."""
+        sampling = request.sampling
+        if token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos):
             return "stop"
-        if not sampling.ignore_eos and token in self.decoder.spec.eos_token_ids:
-            return "stop"
-        return "length" if generation.generated >= sampling.max_tokens else None
+        return "length" if generated >= sampling.max_tokens else None
 
     def _fail(self, generations: Sequence[Generation], error: PimoeError) -> None:
         for generation in generations:

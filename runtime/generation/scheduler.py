@@ -21,7 +21,8 @@ class EngineLimits:
         max_sequences: running at once; each holds KV cache for all its tokens.
         max_step_tokens: prompt tokens prefilled in one step, beside the decoding sequences.
         max_context_tokens: prompt and answer of one sequence; None: the model's own limit.
-        max_kv_tokens: tokens that all running sequences may come to together; None: no limit but the two above.
+        max_kv_tokens: tokens that all running sequences may come to together, and so one of them alone; None: no
+            limit but the two above.
         drain_s: how long a stopping engine lets running sequences go on.
     """
 
@@ -36,6 +37,8 @@ class EngineLimits:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigurationError(f"engine.{name} is {value}; it must be at least 1", name)
+        if not self.drain_s >= 0:
+            raise ConfigurationError(f"engine.drain_s is {self.drain_s}; it must be at least 0", "drain_s")
 
 
 @dataclass(slots=True, eq=False)
@@ -101,6 +104,6 @@ def can_admit(running: Sequence[Generation], reserved_tokens: int, limits: Engin
     """Whether one more sequence that may come to `reserved_tokens` fits beside the running ones."""
     if len(running) >= limits.max_sequences:
         return False
-    if limits.max_kv_tokens is None or not running:
+    if limits.max_kv_tokens is None:
         return True
     return sum(s.reserved_tokens for s in running) + reserved_tokens <= limits.max_kv_tokens

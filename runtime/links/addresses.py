@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Sequence
@@ -9,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ConfigurationError
+
+_FOLDER_PREFIX = "pimoe-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,7 @@ def split_tcp(address: str) -> tuple[str, int]:
         ConfigurationError: not such an address.
     """
     host, _, port = address.removeprefix("tcp:").rpartition(":")
-    if not address.startswith("tcp:") or not host or not port.isdigit():
+    if not address.startswith("tcp:") or not host or not port.isdecimal() or int(port) > 65535:
         raise ConfigurationError(f"address {address!r} is not of the form tcp:host:port")
     return host, int(port)
 
@@ -52,5 +55,16 @@ def new_unix_address(names: Sequence[str] = ("pimoe",)) -> str:
 
     The path is short on purpose: the kernel allows 107 bytes.
     """
-    folder = tempfile.mkdtemp(prefix="pimoe-", dir=os.environ.get("PIMOE_SOCKET_FOLDER"))  # mode 0700
+    folder = tempfile.mkdtemp(prefix=_FOLDER_PREFIX, dir=os.environ.get("PIMOE_SOCKET_FOLDER"))  # mode 0700
     return "unix:" + os.path.join(folder, "-".join(names)[:40] + ".sock")
+
+
+def remove_unix_address(address: str) -> None:
+    """Remove the socket, and its directory when `new_unix_address` made that."""
+    path = address.removeprefix("unix:")
+    folder = os.path.dirname(path)
+    with contextlib.suppress(OSError):  # newer Pythons remove a socket when its server closes
+        os.unlink(path)
+    if os.path.basename(folder).startswith(_FOLDER_PREFIX):
+        with contextlib.suppress(OSError):  # others use it too
+            os.rmdir(folder)

@@ -14,6 +14,7 @@ from ..errors import (
     LinkError,
     LinkProtocolError,
     OverloadedError,
+    PimoeError,
     UnavailableError,
     from_wire,
 )
@@ -48,12 +49,14 @@ class LinkClient:
         self._nonce = new_nonce()
         self._server_nonce: bytes | None = None
         self._welcomed: asyncio.Future[None] = self._loop.create_future()
+        # A link that is lost while `connect` is cancelled leaves nobody to look at the reason.
+        self._welcomed.add_done_callback(lambda welcomed: welcomed.cancelled() or welcomed.exception())
         self._calls: dict[int, asyncio.Future[Reply]] = {}
-        self._streams: dict[int, asyncio.Queue[Reply | Exception | None]] = {}
+        self._streams: dict[int, asyncio.Queue[Reply | PimoeError | None]] = {}
         self._next_stream = 1
         self._ping_timer: asyncio.TimerHandle | None = None
         self._silent_since = self._loop.time()
-        self._frames_seen = 0
+        self._received_before = 0
         self._connection = LinkConnection(self._limits, lambda _: None, self._received, self._lost)
 
     @classmethod
@@ -75,12 +78,13 @@ class LinkClient:
             async with asyncio.timeout(client._limits.handshake_timeout_s):
                 await client._open(ssl)
                 await client._welcomed
-        except (OSError, TimeoutError) as error:
+            if client.closed:  # between the welcome and now
+                raise LinkClosedError(f"{address} hung up")
+        except BaseException as error:
             client._connection.abort()
-            reason = str(error) or "no answer within the handshake's time"
-            raise LinkClosedError(f"cannot connect to {address}: {reason}") from error
-        except BaseException:
-            client._connection.abort()
+            if isinstance(error, OSError | TimeoutError):
+                reason = str(error) or "no answer within the handshake's time"
+                raise LinkClosedError(f"cannot connect to {address}: {reason}") from error
             raise
         client._schedule_ping()
         return client
@@ -98,6 +102,11 @@ class LinkClient:
         return self._connection.closed
 
     @property
+    def received(self) -> int:
+        """How often anything at all came in; unchanged over a time, the server was silent for it."""
+        return self._connection.received
+
+    @property
     def in_flight(self) -> int:
         """Calls and streams that were not answered yet."""
         return len(self._calls) + len(self._streams)
@@ -110,17 +119,18 @@ class LinkClient:
         Raises:
             DeadlineExceededError: no answer within `timeout_s`; the server is told to cancel.
             LinkClosedError: the link broke before the answer, which the server may or may not have computed.
+            UnavailableError: the server drains.
+            PayloadTooLargeError: the request is over the link's limits.
             PimoeError: whatever the handler raised.
         """
-        if timeout_s <= 0:
-            raise DeadlineExceededError("no time is left for the call")
-        await self._connection.drain()
+        deadline = self._loop.time() + timeout_s
+        await self._ready(method, deadline)
         stream = self._new_stream()
         answer: asyncio.Future[Reply] = self._loop.create_future()
         self._calls[stream] = answer
-        timer = self._loop.call_later(timeout_s, self._expire, answer, method)
+        timer = self._loop.call_at(deadline, self._expire, answer, method)
         try:
-            self._connection.send(Kind.REQUEST, stream, {"m": method, "s": timeout_s, "h": meta}, tensors)
+            self._request(stream, method, meta, tensors, deadline)
             return await answer
         finally:
             timer.cancel()
@@ -135,31 +145,49 @@ class LinkClient:
         Raises: as `call`.
         """
         deadline = self._loop.time() + timeout_s
-        await self._connection.drain()
+        await self._ready(method, deadline)
         stream = self._new_stream()
-        items: asyncio.Queue[Reply | Exception | None] = asyncio.Queue(self._limits.max_stream_items)
+        items: asyncio.Queue[Reply | PimoeError | None] = asyncio.Queue()  # bounded by `_item`
         self._streams[stream] = items
         try:
-            self._connection.send(Kind.REQUEST, stream, {"m": method, "s": timeout_s, "h": meta}, tensors)
+            self._request(stream, method, meta, tensors, deadline)
             while True:
-                # Around the wait only: a timeout held over a yield would cancel the reader at work elsewhere.
-                async with asyncio.timeout_at(deadline):
-                    item = await items.get()
+                item = await _next_item(items, method, deadline)
                 if item is None:
                     return
-                if isinstance(item, Exception):
+                if isinstance(item, PimoeError):
                     raise item
                 yield item
-        except TimeoutError:
-            raise DeadlineExceededError(f"{method} did not end within its time") from None
         finally:
             if self._streams.pop(stream, None) is not None:
                 self._cancel(stream)
 
+    def abort(self) -> None:
+        """Close the link without waiting for its end; calls in flight fail with `LinkClosedError`."""
+        self._connection.abort()
+
     async def close(self) -> None:
         """Close the link; calls in flight fail with `LinkClosedError`."""
-        self._connection.abort()
-        await asyncio.sleep(0)
+        self.abort()
+        await self._connection.wait_closed()
+
+    async def _ready(self, method: str, deadline: float) -> None:
+        """Wait until the server reads, for as long as the call may take."""
+        if not self._loop.time() < deadline:
+            raise DeadlineExceededError(f"no time is left for {method}")
+        if self._connection.writable:
+            return
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._connection.drain()
+        except TimeoutError:
+            raise DeadlineExceededError(f"{method} could not be sent within its time") from None
+
+    def _request(
+        self, stream: int, method: str, meta: dict[str, Any], tensors: Sequence[TensorData], deadline: float
+    ) -> None:
+        header = {"m": method, "s": deadline - self._loop.time(), "h": meta}
+        self._connection.send(Kind.REQUEST, stream, header, tensors)
 
     def _new_stream(self) -> int:
         if self.draining:
@@ -178,6 +206,8 @@ class LinkClient:
 
     def _received(self, frame: Frame) -> None:
         kind, stream = frame.kind, frame.stream
+        if not self._welcomed.done() and kind not in (Kind.HELLO, Kind.WELCOME):
+            raise LinkProtocolError(f"a server must not send {kind.name} before it is known")
         if kind is Kind.RESPONSE or kind is Kind.ERROR:
             self._answered(stream, frame)
         elif kind is Kind.ITEM:
@@ -205,12 +235,12 @@ class LinkClient:
             else:
                 answer.set_result(Reply(frame.header.get("h") or {}, frame.tensors))
         elif (items := self._streams.pop(stream, None)) is not None:
-            items.put_nowait(error)  # the last place is kept free for it
+            items.put_nowait(error)
 
     def _item(self, stream: int, reply: Reply) -> None:
         if (items := self._streams.get(stream)) is None:
             return  # cancelled here; what was under way still arrives
-        if items.qsize() >= self._limits.max_stream_items - 1:
+        if items.qsize() >= self._limits.max_stream_items:
             # One reader that stalls must not stop the others on this socket: its stream ends.
             items.put_nowait(OverloadedError("the reader of a stream fell too far behind"))
             del self._streams[stream]
@@ -239,9 +269,9 @@ class LinkClient:
     def _lost(self, error: LinkError | None) -> None:
         if self._ping_timer is not None:
             self._ping_timer.cancel()
-        reason: LinkError = error or LinkClosedError(f"the link to {self.address} was closed by the other end")
+        reason: LinkError = error or LinkClosedError(f"the link to {self.address} was closed")
         if not self._welcomed.done():
-            if self._server_nonce is not None and not isinstance(error, LinkAuthenticationError):
+            if self._server_nonce is not None and (error is None or isinstance(error, LinkClosedError)):
                 reason = LinkAuthenticationError(f"{self.address} hung up at our proof: another link secret?")
             self._welcomed.set_exception(reason)
         for answer in list(self._calls.values()):
@@ -258,12 +288,22 @@ class LinkClient:
 
     def _ping(self) -> None:
         now = self._loop.time()
-        if self._connection.received_frames != self._frames_seen:
-            self._frames_seen = self._connection.received_frames
+        if self.received != self._received_before:
+            self._received_before = self.received
             self._silent_since = now
         if now - self._silent_since > self._limits.ping_timeout_s:
             self._connection.abort(LinkClosedError(f"{self.address} has been silent for too long"))
             return
-        if not self.closed:
-            self._connection.send(Kind.PING, 0)
+        self._connection.send(Kind.PING, 0)
         self._schedule_ping()
+
+
+async def _next_item(
+    items: asyncio.Queue[Reply | PimoeError | None], method: str, deadline: float
+) -> Reply | PimoeError | None:
+    # A timeout held over a yield of the stream would cancel its reader at work elsewhere: around this wait only.
+    try:
+        async with asyncio.timeout_at(deadline):
+            return await items.get()
+    except TimeoutError:
+        raise DeadlineExceededError(f"{method} did not end within its time") from None

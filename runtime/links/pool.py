@@ -7,9 +7,15 @@ import contextlib
 import logging
 import ssl as tls
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
-from ..errors import DeadlineExceededError, LinkError, PimoeError, UnavailableError
+from ..errors import (
+    DeadlineExceededError,
+    LinkError,
+    RequestCancelledError,
+    UnavailableError,
+)
 from ..requests import TensorData
 from .addresses import Endpoint, choose_address
 from .client import LinkClient
@@ -30,19 +36,38 @@ class PoolStatistics(NamedTuple):
 
 
 class PooledLink:
-    """A link and the replica behind it."""
+    """A link and the replica behind it.
+
+    Attributes:
+        in_flight: calls of this pool that hold one of the replica's credits.
+        named: whether the last discovery named the replica; one that it leaves out is about to stop.
+    """
 
     def __init__(self, endpoint: Endpoint, client: LinkClient) -> None:
         self.endpoint = endpoint
         self.client = client
         self.in_flight = 0
+        self.named = True
+        self._received_when_silent = -1
+
+    @property
+    def usable(self) -> bool:
+        """Whether the replica takes new calls, now or once it has a credit."""
+        return self.named and not self.client.closed and not self.client.draining
 
     @property
     def available(self) -> bool:
         """Whether one more call may be sent now."""
-        client = self.client
-        usable = not client.closed and not client.draining
-        return usable and (client.credits is None or self.in_flight < client.credits)
+        return self.usable and (self.client.credits is None or self.in_flight < self.client.credits)
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing came from the replica since it left a call unanswered."""
+        return self.client.received == self._received_when_silent
+
+    def left_unanswered(self) -> None:
+        """An attempt's time ran out: siblings go first until the replica is heard of again."""
+        self._received_when_silent = self.client.received
 
 
 class LinkPool:
@@ -77,23 +102,31 @@ class LinkPool:
         self._refresh_s, self._attempt_timeout_s = refresh_s, attempt_timeout_s
         self._changed = asyncio.Event()
         self._wake = asyncio.Event()
+        self._started = asyncio.Event()
+        self._closed = False
+        self._connecting: dict[str, asyncio.Task[None]] = {}
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Discover once and connect; then keep doing so in the background. Only the first call does anything."""
+        """Discover and connect; then keep doing so in the background. A second call waits for the first."""
         if self._task is None:
             self._task = asyncio.create_task(self._keep_refreshing(), name=f"pool {self.name}")
-            await self._refresh()
+        await self._started.wait()
+        if self._connecting:
+            await asyncio.wait(list(self._connecting.values()))
 
     async def close(self) -> None:
-        """Stop and close every link."""
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        """Stop and close every link; calls, those that wait for a replica too, fail at once."""
+        self._closed = True
+        tasks = [*self._connecting.values(), *([self._task] if self._task is not None else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._started.set()
         for link in list(self.links.values()):
             await link.client.close()
         self.links.clear()
+        self._notify()
 
     def statistics(self) -> PoolStatistics:
         """See `PoolStatistics`."""
@@ -114,7 +147,7 @@ class LinkPool:
         """Hold one credit of the least busy replica, waiting for one until `deadline` (`loop.time()`).
 
         Raises:
-            UnavailableError: no replica lives.
+            UnavailableError: no replica lives, or the pool was closed.
             DeadlineExceededError: replicas live, but none had a credit in time.
         """
         link = await self._choose(deadline)
@@ -128,7 +161,7 @@ class LinkPool:
     async def call(
         self, method: str, meta: dict[str, Any], tensors: Sequence[TensorData], deadline: float
     ) -> Reply:
-        """Call any replica; when it dies or stays silent, call another, until `deadline` (`loop.time()`).
+        """Call any replica; when it dies, drains or stays silent, call another, until `deadline` (`loop.time()`).
 
         Only for work that may be done twice.
 
@@ -145,39 +178,46 @@ class LinkPool:
                 try:
                     return await link.client.call(method, meta, tensors, attempt_s)
                 except LinkError as error:
-                    self.resent += 1
+                    if not link.client.closed:
+                        raise  # the handler's, or this end's: the link itself is well
                     _log.warning("%s: replica %s lost (%s)", self.name, link.endpoint.replica_id, error)
-                    self.forget(link)
+                except (UnavailableError, RequestCancelledError):
+                    if not link.client.draining:
+                        raise  # it speaks of others behind it
+                    _log.info("%s: replica %s drains", self.name, link.endpoint.replica_id)
                 except DeadlineExceededError:
                     if attempt_s >= remaining_s or deadline <= loop.time():
                         raise
-                    self.resent += 1
                     _log.warning("%s: replica %s is silent", self.name, link.endpoint.replica_id)
+                    link.left_unanswered()
+                self.resent += 1
 
     def forget(self, link: PooledLink) -> None:
-        """Give up a broken link and look for replicas at once."""
+        """Give up a link that is broken, or whose replica talks nonsense, and look for replicas at once."""
         if self.links.get(link.endpoint.replica_id) is link:
             del self.links[link.endpoint.replica_id]
+        link.client.abort()
         self._wake.set()
         self._notify()
 
     async def _choose(self, deadline: float) -> PooledLink:
         loop = asyncio.get_running_loop()
-        while True:
+        while not self._closed:
             available = [link for link in self.links.values() if link.available]
             if available:
-                return min(available, key=lambda link: link.in_flight)
+                return min(available, key=lambda link: (link.silent, link.in_flight))
             self._changed.clear()
             try:
                 async with asyncio.timeout_at(deadline):
                     await self._changed.wait()
             except TimeoutError:
-                if self.links:
+                if any(link.usable for link in self.links.values()):
                     raise DeadlineExceededError(f"{self.name}: no replica was free in time") from None
                 message = f"{self.name}: no live replica"
                 raise UnavailableError(message, retry_after_s=2 * self._refresh_s) from None
             if loop.time() >= deadline:
                 raise DeadlineExceededError(f"{self.name}: the time ran out")
+        raise UnavailableError(f"{self.name}: this end is shutting down")
 
     def _notify(self) -> None:
         self._changed.set()
@@ -185,15 +225,16 @@ class LinkPool:
 
     async def _keep_refreshing(self) -> None:
         while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._refresh_s):
-                    await self._wake.wait()
             woken = self._wake.is_set()
             self._wake.clear()
             await self._refresh()
+            self._started.set()
             if woken:
                 # After a death discovery may name the dead for an instant: do not spin on it.
                 await asyncio.sleep(min(0.1, self._refresh_s))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._refresh_s):
+                    await self._wake.wait()
 
     async def _refresh(self) -> None:
         try:
@@ -204,13 +245,20 @@ class LinkPool:
             return
         self.endpoints = endpoints
         for replica_id, link in list(self.links.items()):
-            if link.client.closed or (replica_id not in endpoints and not link.in_flight):
-                await link.client.close()
-                self.links.pop(replica_id, None)
-            elif replica_id in endpoints:
+            link.named = replica_id in endpoints
+            if link.named:
                 link.endpoint = endpoints[replica_id]
-        missing = [endpoint for key, endpoint in endpoints.items() if key not in self.links]
-        await asyncio.gather(*(self._connect(endpoint) for endpoint in missing))
+            elif not link.in_flight:
+                await link.client.close()
+        for replica_id, endpoint in endpoints.items():
+            if replica_id not in self.links and replica_id not in self._connecting:
+                # In a task of its own: a replica that does not answer must not keep others from being found.
+                task = self._connecting[replica_id] = asyncio.create_task(self._connect(endpoint))
+                task.add_done_callback(partial(self._connected, replica_id))
+        self._notify()
+
+    def _connected(self, replica_id: str, task: asyncio.Task[None]) -> None:
+        del self._connecting[replica_id]
 
     async def _connect(self, endpoint: Endpoint) -> None:
         address = choose_address(endpoint, self._node_id)
@@ -219,7 +267,9 @@ class LinkPool:
             return
         try:
             client = await LinkClient.connect(address, self._secret, self._limits, self._ssl)
-        except PimoeError as error:
+        except (
+            Exception
+        ) as error:  # an address comes from elsewhere: whatever it leads to is that replica's matter
             _log.warning("%s: cannot link to replica %s: %s", self.name, endpoint.replica_id, error)
             return
         link = self.links[endpoint.replica_id] = PooledLink(endpoint, client)

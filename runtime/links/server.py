@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import ssl as tls
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from ..errors import (
     DeadlineExceededError,
     LinkAuthenticationError,
-    LinkClosedError,
     LinkError,
     LinkProtocolError,
     OverloadedError,
@@ -20,6 +21,7 @@ from ..errors import (
     RequestCancelledError,
 )
 from ..requests import TensorData
+from .addresses import remove_unix_address
 from .authentication import new_nonce, prove, verify
 from .connection import LinkConnection, LinkLimits
 from .frames import Frame, Kind
@@ -56,6 +58,7 @@ class LinkServer:
         self.credits = credits
         self.addresses: list[str] = []
         self.calls = self.errors = self.rejected_peers = 0
+        self.draining = self.closing = False
         self._servers: list[asyncio.Server] = []
         self._peers: set[_Peer] = set()
 
@@ -71,7 +74,8 @@ class LinkServer:
     async def listen_tcp(self, host: str, port: int = 0, ssl: tls.SSLContext | None = None) -> str:
         """Listen on TCP (port 0: any free one); the address with the port that was given."""
         loop = asyncio.get_running_loop()
-        server = await loop.create_server(self._new_peer, host, port, ssl=ssl)
+        handshake_s = None if ssl is None else self.limits.handshake_timeout_s
+        server = await loop.create_server(self._new_peer, host, port, ssl=ssl, ssl_handshake_timeout=handshake_s)
         self._servers.append(server)
         address = f"tcp:{host}:{server.sockets[0].getsockname()[1]}"
         self.addresses.append(address)
@@ -86,29 +90,27 @@ class LinkServer:
         return LinkServerStatistics(len(self._peers), streams, self.calls, self.errors, self.rejected_peers)
 
     def drain(self) -> None:
-        """Tell every peer to send new calls elsewhere; those in flight go on."""
+        """Tell every peer, those to come too, to send new calls elsewhere; those in flight go on."""
+        self.draining = True
         for peer in self._peers:
             if peer.authenticated:
                 peer.send(Kind.GOAWAY, 0)
 
     async def close(self) -> None:
-        """Stop listening, cancel what runs, close every link, remove the Unix sockets."""
+        """Stop listening, close every link, cancel what runs and wait for its end, remove the Unix sockets."""
+        self.closing = True
         for server in self._servers:
             server.close()
-        for peer in list(self._peers):
+        peers = list(self._peers)
+        tasks = [task for peer in peers for task in peer.tasks.values()]
+        for peer in peers:
             peer.connection.abort()
+        for peer in peers:
+            await peer.connection.wait_closed()  # cancels its tasks
+        await asyncio.gather(*tasks, return_exceptions=True)
         for address in self.addresses:
             if address.startswith("unix:"):
-                _remove_socket(address.removeprefix("unix:"))
-        await asyncio.sleep(0)  # let the transports report their end
-
-
-def _remove_socket(path: str) -> None:
-    try:
-        os.unlink(path)
-        os.rmdir(os.path.dirname(path))
-    except OSError:
-        pass  # already gone, or a directory that others use too
+                remove_unix_address(address)
 
 
 class _Peer:
@@ -122,7 +124,9 @@ class _Peer:
         self.nonce = new_nonce()
         self.loop = asyncio.get_running_loop()
         self.handshake_timer: asyncio.TimerHandle | None = None
-        self.connection = LinkConnection(server.limits, self._opened, self._received, self._closed)
+        self.connection = LinkConnection(
+            server.limits, self._opened, self._received, self._closed, reads_when_full=False
+        )
 
     def send(
         self,
@@ -137,7 +141,7 @@ class _Peer:
 
     def _opened(self, connection: LinkConnection) -> None:
         self.peers.add(self)
-        if len(self.peers) > self.server.limits.max_connections:
+        if self.server.closing or len(self.peers) > self.server.limits.max_connections:
             connection.abort(LinkProtocolError("too many connections"))
             return
         self.handshake_timer = self.loop.call_later(
@@ -185,45 +189,52 @@ class _Peer:
             self.handshake_timer.cancel()
         own_proof = prove(secret, b"server", self.nonce, peer_nonce)
         self.connection.send(Kind.WELCOME, 0, {"proof": own_proof, "credits": self.server.credits})
+        if self.server.draining:
+            self.connection.send(Kind.GOAWAY, 0)
 
     def _start(self, frame: Frame) -> None:
         stream, header = frame.stream, frame.header
         if stream in self.tasks:
             raise LinkProtocolError(f"stream {stream} is already open")
+        remaining_s = float(header["s"])
+        if math.isnan(remaining_s):
+            raise LinkProtocolError("a call's remaining time is no number")
         self.server.calls += 1
-        call = Call(header["m"], header.get("h") or {}, frame.tensors, self.loop.time() + float(header["s"]))
+        call = Call(header["m"], header.get("h") or {}, frame.tensors, self.loop.time() + remaining_s)
         if len(self.tasks) >= self.server.limits.max_streams:
             self._fail(stream, OverloadedError("too many calls in flight on this link", retry_after_s=1.0))
             return
         try:
             answer = self.server.handler(call)
-        except Exception as error:  # whatever a handler raises is the call's outcome, never the link's
+            if isinstance(answer, Reply):
+                self.send(Kind.RESPONSE, stream, {"h": answer.meta}, answer.tensors)
+                return
+        except Exception as error:  # whatever a handler does is the call's outcome, never the link's
             self._fail(stream, error)
             return
-        if isinstance(answer, Reply):
-            self.send(Kind.RESPONSE, stream, {"h": answer.meta}, answer.tensors)
-            return
-        task = self.loop.create_task(self._finish(stream, call, answer))
-        self.tasks[stream] = task
-        task.add_done_callback(lambda _: self.tasks.pop(stream, None))
+        task = self.tasks[stream] = self.loop.create_task(self._finish(stream, call, answer))
+        task.add_done_callback(partial(self._finished, stream, answer))
+
+    def _finished(self, stream: int, answer: Any, task: asyncio.Task[None]) -> None:
+        self.tasks.pop(stream, None)
+        if asyncio.iscoroutine(answer):
+            answer.close()  # a task that was cancelled before it began has not awaited it
 
     async def _finish(self, stream: int, call: Call, answer: Any) -> None:
+        limit = asyncio.timeout_at(call.deadline)
         try:
-            async with asyncio.timeout_at(call.deadline):
+            async with limit:
                 if isinstance(answer, AsyncIterator):
                     reply = await self._send_items(stream, answer)
                 else:
                     reply = await answer
             self.send(Kind.RESPONSE, stream, {"h": reply.meta}, reply.tensors)
-        except TimeoutError:
-            self._fail(stream, DeadlineExceededError("the call's time ran out"))
-        except LinkClosedError:
-            pass  # the peer left while its items were sent
         except asyncio.CancelledError:
             self._fail(stream, RequestCancelledError("the call was cancelled"))
             raise
         except Exception as error:  # as in `_start`
-            self._fail(stream, error)
+            late = limit.expired() and isinstance(error, TimeoutError)
+            self._fail(stream, DeadlineExceededError("the call's time ran out") if late else error)
 
     async def _send_items(self, stream: int, items: AsyncIterator[Reply]) -> Reply:
         try:

@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import ConfigurationError
 from ..requests import ModelInfo
 from ..routing.strategies import RoutingStrategy
-from ..tensors import dtype_name, torch_dtype
+from ..tensors import torch_dtype
 from .checkpoint import Checkpoint
 from .decoder import Decoder
-from .layer_model import load_gate
 from .families import read_spec
-from .spec import DecoderSpec, ModelSpec
+from .layer_model import load_gate
+from .spec import DTYPES, DecoderSpec, ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +37,12 @@ def serving_dtype(spec: ModelSpec, dtype: str | None) -> str:
     """The dtype that a model is served in: the wanted one, else the checkpoint's own.
 
     Raises:
-        ConfigurationError: no dtype that pimoe computes in.
+        ConfigurationError: no dtype that models are computed in.
     """
-    return dtype_name(torch_dtype(dtype or spec.dtype))
+    chosen = dtype or spec.dtype
+    if chosen not in DTYPES:
+        raise ConfigurationError(f"dtype {chosen!r} is not one of {', '.join(DTYPES)}", "dtype")
+    return chosen
 
 
 def load_trunk(folder: Path, name: str | None = None, dtype: str | None = None, device: str = "cpu") -> Trunk:

@@ -7,16 +7,22 @@ import time
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 
-from ..errors import DeadlineExceededError, LinkError, LinkProtocolError, UnavailableError
+from ..errors import (
+    DeadlineExceededError,
+    LinkError,
+    LinkProtocolError,
+    RequestCancelledError,
+    UnavailableError,
+)
 from ..links import LinkPool
 from ..requests import GenerateRequest, InferRequest, InferResult, ModelInfo, TokenChunk
 from .server import GENERATE, INFER
 
 
 class RouterClient:
-    """Work goes to the least busy router. When a router dies, its tensor requests are sent to another, and its
-    generations resumed there from the prompt and the tokens that came already: random numbers are keyed by
-    position, so that the rest is what it would have been.
+    """Work goes to the least busy router. When a router dies or shuts down, its tensor requests are sent to
+    another, and its generations resumed there from the prompt and the tokens that came already: random numbers are
+    keyed by position, so that the rest is what it would have been.
 
     Args:
         pool: links to the routers; their discovery's `info["model"]` is a `ModelInfo` as plain values.
@@ -46,7 +52,12 @@ class RouterClient:
         """See `Backend`."""
         meta = {"id": request.request_id, "layer": request.layer, "priority": request.priority}
         deadline = time.monotonic() + request.timeout_s
-        reply = await self.pool.call(INFER, meta, [request.hidden_states], deadline)
+        while True:
+            try:
+                reply = await self.pool.call(INFER, meta, [request.hidden_states], deadline)
+                break
+            except RequestCancelledError:  # not by us: that router is shutting down, and takes no new calls
+                self.pool.resent += 1
         if len(reply.tensors) != 1:
             raise LinkProtocolError(f"a router answered with {len(reply.tensors)} tensors instead of 1")
         return InferResult(reply.tensors[0])
@@ -72,6 +83,7 @@ class RouterClient:
                             if chunk.finish_reason is not None:
                                 return
                     raise LinkProtocolError("a router ended a stream without a finish reason")
-                except LinkError:
+                except (LinkError, RequestCancelledError):  # cancelled not by us: the router is shutting down
                     self.pool.resent += 1
                     self.pool.forget(link)
+                    await link.client.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import math
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,9 +14,10 @@ from ..batching import Batcher, BatchLimits
 from ..errors import InvalidRequestError, InvalidTensorError
 from ..generation.engine import Engine
 from ..model.decoder import Decoder
-from ..requests import GenerateRequest, InferRequest, InferResult, ModelInfo, TokenChunk
+from ..requests import DTYPE_BYTES, GenerateRequest, InferRequest, InferResult, ModelInfo, TokenChunk
 from ..routing.dispatch import Dispatcher
 from ..routing.strategies import RoutingStrategy
+from ..tasks import gather_or_cancel
 from ..tensors import from_wire, to_wire, torch_dtype
 from .limits import RouterLimits
 
@@ -78,7 +79,7 @@ class Router:
             self.batcher.submit((layer, piece), len(piece), request.priority, request.timeout_s, group=layer)
             for piece in pieces
         ]
-        outputs = [await calls[0]] if len(calls) == 1 else await asyncio.gather(*calls)
+        outputs = await gather_or_cancel(calls)
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return InferResult(to_wire(output.to(torch_dtype(request.hidden_states.dtype))))
 
@@ -102,6 +103,10 @@ class Router:
         if len(states.shape) != 2 or states.shape[1] != self.model.hidden_size or states.shape[0] < 1:
             raise InvalidTensorError(
                 f"hidden states have shape {list(states.shape)}; it must be [tokens, {self.model.hidden_size}]"
+            )
+        if states.nbytes != math.prod(states.shape) * DTYPE_BYTES[states.dtype]:
+            raise InvalidTensorError(
+                f"hidden states of shape {list(states.shape)} in {states.dtype} do not have {states.nbytes} bytes"
             )
         return from_wire(states, self.device).to(self.dtype)
 
