@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import re
 import socket
 import tempfile
 import time
@@ -163,7 +164,7 @@ class LocalCluster:
         try:
             serve.run(application, name=APP_NAME, route_prefix="/", logging_config=_QUIET)
         except Exception as error:  # Serve wraps whatever a replica raised
-            raise PimoeError(f"the application did not start: {_last_line(str(error))}") from error
+            raise PimoeError(f"the application did not start: {_why_it_failed(error)}") from error
         progress("linking them")
         self._wait_ready()
 
@@ -239,7 +240,20 @@ def _import_quietly() -> Any:
     return ray
 
 
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    causes = [line for line in lines if "Error" in line]
-    return (causes or lines or ["no reason given"])[-1]
+def _why_it_failed(error: Exception) -> str:
+    """What the replicas said, which is in Serve's status; its own error only names the deployments."""
+    from ray import serve
+
+    said = [str(error)]
+    application = serve.status().applications.get(APP_NAME)
+    if application is not None:
+        said = [application.message, *(d.message for d in application.deployments.values())] + said
+    for text in said:
+        # The innermost error comes last.
+        if causes := [line.strip() for line in text.splitlines() if _CAUSE.match(line.strip())]:
+            return causes[-1]
+    return str(error)
+
+
+# The last line of a traceback: "package.SomeError: what was wrong".
+_CAUSE = re.compile(r"[\w.]*(Error|Exception)\b[^:]*: (?!Traceback)\S")

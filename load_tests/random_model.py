@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-_STD = 0.05
+_LIMIT = 0.09
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,17 @@ def write_random_model(folder: Path, shape: Shape | None = None, seed: int = 0) 
     dtype: torch.dtype = getattr(torch, shape.dtype)
     generator = torch.Generator().manual_seed(seed)
     tensors = {
-        name: torch.ones(size) if len(size) == 1 else _STD * torch.randn(size, generator=generator)
+        name: torch.ones(size, dtype=dtype) if len(size) == 1 else _random(size, generator).to(dtype)
         for name, size in _tensor_shapes(shape)
     }
-    save_file(_cast(tensors, dtype), folder / "model.safetensors")
+    save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(_config(shape), indent=2))
     return folder
 
 
-def _cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+def _random(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    # Uniform: drawn several times faster than normal, and as good where nothing is learnt.
+    return torch.empty(size).uniform_(-_LIMIT, _LIMIT, generator=generator)
 
 
 def _tensor_shapes(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:

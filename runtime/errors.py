@@ -53,7 +53,8 @@ class PimoeError(Exception):
         """The error as plain values for a link frame."""
         return {
             "code": self.code,
-            "message": self.message,
+            # What a message quotes of a request may hold lone surrogates, which UTF-8 cannot carry.
+            "message": self.message.encode("utf-8", "backslashreplace").decode(),
             "param": self.param,
             "retry_after_s": self.retry_after_s,
         }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
@@ -39,19 +40,31 @@ class LoopThread:
         self.loop.run_forever()
 
     def submit(self, coroutine: Coroutine[Any, Any, R]) -> concurrent.futures.Future[R]:
-        """Start a coroutine on the loop, from any thread."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        """Start a coroutine on the loop, from any thread.
+
+        Raises:
+            UnavailableError: the thread has ended.
+        """
+        try:
+            self.check()
+            return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        except BaseException:
+            coroutine.close()  # else it is reported as one that was never awaited
+            raise
 
     def run(self, coroutine: Coroutine[Any, Any, R], timeout_s: float) -> R:
         """Run a coroutine on the loop and wait for it, from another thread.
 
         Raises:
             TimeoutError: it took longer than `timeout_s`; it is cancelled.
+            UnavailableError: the thread has ended.
         """
         future = self.submit(coroutine)
         try:
             return future.result(timeout_s)
-        except concurrent.futures.TimeoutError:
+        except TimeoutError:
+            if future.done():
+                raise  # the coroutine's own
             future.cancel()
             raise TimeoutError(f"{self._thread.name} did not answer within {timeout_s} s") from None
 
@@ -65,12 +78,12 @@ class LoopThread:
             raise UnavailableError(f"the thread {self._thread.name} has ended")
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Cancel everything on the loop and end the thread."""
-        if not self._thread.is_alive():
-            return
-        asyncio.run_coroutine_threadsafe(_cancel_all(), self.loop).result(timeout_s)
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join(timeout_s)
+        """Cancel everything on the loop and end the thread; what has not ended after `timeout_s` is left."""
+        if self._thread.is_alive():
+            with contextlib.suppress(TimeoutError):
+                asyncio.run_coroutine_threadsafe(_cancel_all(), self.loop).result(timeout_s)
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self._thread.join(timeout_s)
         if not self._thread.is_alive():
             self.loop.close()
 
@@ -80,3 +93,4 @@ async def _cancel_all() -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.get_running_loop().shutdown_asyncgens()

@@ -70,6 +70,9 @@ class ByteText:
 class ByteCodec:
     """One token per byte of UTF-8, BOS in front of texts that are no chat."""
 
+    def __init__(self) -> None:
+        self.contexts: list[list[int]] = []
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [BOS] * add_special_tokens + list(text.encode())
 
@@ -79,7 +82,8 @@ class ByteCodec:
     def token_text(self, token_id: int) -> str:
         return bytes([token_id]).decode("utf-8", "replace") if token_id < BOS else f"<{token_id}>"
 
-    def incremental(self) -> ByteText:
+    def incremental(self, context: list[int]) -> ByteText:
+        self.contexts.append(context)
         return ByteText()
 
     def render_chat(self, messages: list[dict[str, str]]) -> str:

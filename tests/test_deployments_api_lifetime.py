@@ -11,7 +11,7 @@ import numpy as np
 import orjson
 import pytest
 from fake_gateway import HIDDEN, PATIENCE_S, FakeGateway, Reply, ask
-from pimoe.deployments.api import ApiSettings, create_app, lifetime
+from pimoe.deployments.api import ApiSettings, assembly, create_app, lifetime
 from pimoe.deployments.api.assembly import TextRules
 from pimoe.deployments.api.generation import Plan, started
 from pimoe.deployments.api.lifetime import Lifetime
@@ -215,6 +215,21 @@ async def test_generations_that_were_never_read_are_closed() -> None:
     assert len(closed) == 2
 
 
+async def test_a_generation_that_does_not_close_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assembly, "_CLOSE_S", 0.01)
+
+    class Stuck(Silent):
+        async def aclose(self) -> None:
+            await asyncio.Event().wait()
+
+    class Sticky(FakeGateway):
+        async def generate(self, request: GenerateRequest, use_cache: bool) -> GenerateAnswer:
+            return GenerateAnswer("miss", "id", 0, Stuck([]))
+
+    for name in ("completion", "choices", "stream"):
+        assert (await call(Sticky(settings=QUICK), name, time_s="0.02")).status == 504
+
+
 async def test_a_refusal_with_the_first_chunk_still_has_its_status() -> None:
     gateway = FakeGateway(fail_after=0, error=OverloadedError("no room"))
     for name in ("stream", "completion", "choices"):
@@ -291,7 +306,7 @@ async def test_lifetime_leaves_no_watcher_behind(monkeypatch: pytest.MonkeyPatch
         life.watch(receive)
         await watching.wait()
         [watcher] = asyncio.all_tasks() - {asyncio.current_task()}
-    await asyncio.wait([watcher])
+    await asyncio.sleep(0)
     assert watcher.cancelled()
 
 

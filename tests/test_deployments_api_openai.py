@@ -8,8 +8,9 @@ from itertools import chain
 from typing import Any
 
 import openai
+import orjson
 import pytest
-from fake_gateway import EOS, MODEL, FakeGateway, served, wait_until
+from fake_gateway import EOS, MODEL, FakeGateway, ask, served, wait_until
 from pimoe.runtime.errors import OverloadedError
 
 Server = tuple[FakeGateway, str]
@@ -143,6 +144,21 @@ def test_streamed_completion(client: openai.OpenAI) -> None:
     # Half a character makes no chunk.
     assert len(chunks) == 6
     assert len({chunk.id for chunk in chunks}) == 1
+
+
+async def test_the_framing_of_a_stream() -> None:
+    body = {"model": "echo", "prompt": "ab", "stream": True, "stream_options": {"include_usage": True}}
+    reply = await ask(FakeGateway(outcome="hit"), "POST", "/v1/completions", orjson.dumps(body))
+    assert reply.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert reply.headers["cache-control"] == "no-cache"
+    assert reply.headers["x-pimoe-cache"] == "hit"
+    assert "content-length" not in reply.headers
+    *events, done, end = reply.body.split(b"\n\n")
+    assert (done, end) == (b"data: [DONE]", b"")
+    chunks = [orjson.loads(event.removeprefix(b"data: ")) for event in events]
+    assert [chunk["choices"][0]["text"] for chunk in chunks[:-1]] == ["a", "b", ""]
+    assert [chunk["usage"] for chunk in chunks[:-1]] == [None] * 3
+    assert chunks[-1]["usage"] == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
 
 
 def test_streamed_usage(client: openai.OpenAI) -> None:
@@ -288,6 +304,15 @@ def test_chat_logprobs(client: openai.OpenAI) -> None:
     assert [top.token for top in logprobs.content[0].top_logprobs] == ["u", "v"]
     # Half a character has bytes that the text does not tell.
     assert logprobs.content[6].bytes is None
+
+
+def test_completions_continue_their_prompt_and_chats_begin_anew(
+    client: openai.OpenAI, gateway: FakeGateway
+) -> None:
+    client.completions.create(model="echo", prompt="x" * 50 + "end")
+    client.chat.completions.create(model="echo", messages=user("hi"))
+    assert gateway.tokenizer is not None
+    assert gateway.tokenizer.contexts == [list(b"x" * 29 + b"end"), []]
 
 
 def test_models(client: openai.OpenAI) -> None:

@@ -66,12 +66,16 @@ def first_stop(text: str, stops: tuple[str, ...]) -> int:
 
 
 class Assembler:
-    """The text of one choice. Without a codec there is no text, only tokens."""
+    """The text of one choice. Without a codec there is no text, only tokens.
+
+    Args:
+        context: the last tokens of the prompt, where the text is to be its continuation.
+    """
 
     __slots__ = ("_decoded_chars", "_decoder", "_one_by_one", "_pending", "_rules", "_stopped", "_tokens")
 
-    def __init__(self, codec: TextCodec | None, rules: TextRules) -> None:
-        self._decoder = None if codec is None else codec.incremental()
+    def __init__(self, codec: TextCodec | None, rules: TextRules, context: tuple[int, ...] = ()) -> None:
+        self._decoder = None if codec is None else codec.incremental(list(context))
         self._rules = rules
         # Only these need to know which token brought which text.
         self._one_by_one = bool(rules.stop) or rules.logprobs

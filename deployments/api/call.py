@@ -10,7 +10,7 @@ from contextlib import suppress
 
 from starlette.types import Receive, Scope, Send
 
-from ...runtime.errors import PimoeError, RequestCancelledError
+from ...runtime.errors import PimoeError
 from ...runtime.requests import CacheOutcome
 from . import errors
 from .bodies import check_headers, read_body
@@ -142,7 +142,7 @@ class Call:
         if not self.started:
             status, body, content_type, headers = errors.render(public, is_openai(self.scope))
             await self.respond(body, content_type, status, (*headers, *extra))
-        elif self.streams and not isinstance(public, RequestCancelledError):
+        elif self.streams:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_LAST_WORDS_S):
                     await self.event(errors.render(public, openai=True)[1])

@@ -97,8 +97,9 @@ class TextCodec(Protocol):
         """One token as text, U+FFFD where it is no whole character."""
         ...
 
-    def incremental(self) -> IncrementalText:
-        """A decoder for one new sequence."""
+    def incremental(self, context: list[int], /) -> IncrementalText:
+        """A decoder for one new sequence. With the tokens before it as `context`, which give no text, its
+        first token keeps a space that decoding would strip from the beginning of a text."""
         ...
 
     def render_chat(self, messages: list[dict[str, str]], /) -> str:

@@ -15,6 +15,9 @@ from .lifetime import cancelled_from_behind
 from .openai_params import Wanted
 from .openai_prompts import token_budget
 
+# More than any character or word that the end of a prompt may be in the middle of.
+_CONTEXT_TOKENS = 32
+
 Pieces = AsyncGenerator[Piece, None]
 Events = AsyncGenerator[tuple[int, Piece], None]
 
@@ -96,9 +99,16 @@ async def _start(context: GatewayContext, plan: Plan) -> list[GenerateAnswer]:
         raise
 
 
-def streams(answers: list[GenerateAnswer], codec: TextCodec | None, rules: TextRules) -> list[Pieces]:
-    """Each answer as pieces of text."""
-    return [pieces(answer.chunks, Assembler(codec, rules)) for answer in answers]
+def streams(
+    answers: list[GenerateAnswer], codec: TextCodec | None, plan: Plan, continues: bool = False
+) -> list[Pieces]:
+    """Each answer as pieces of text. `continues`: of a text that goes on where its prompt ends, in the middle of
+    a line or of a word, rather than of one that begins anew."""
+    texts: list[Pieces] = []
+    for answer, request in zip(answers, plan.requests, strict=True):
+        context = request.prompt_token_ids[-_CONTEXT_TOKENS:] if continues else ()
+        texts.append(pieces(answer.chunks, Assembler(codec, plan.rules, context)))
+    return texts
 
 
 async def interleave(choices: list[Pieces]) -> Events:

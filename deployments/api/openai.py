@@ -69,13 +69,13 @@ async def _generate(call: Call, wanted: Wanted, prompts: list[Prompt], shape: Fo
             "stop needs a tokenizer, which this checkpoint has not; use stop_token_ids", "stop"
         )
     remaining_s = call.start_clock(wanted.options.timeout_s)
-    # A rendered chat already holds the special tokens that its template wants.
-    special = not isinstance(shape, ChatFormat)
-    encoded = await encode_all(prompts, codec, known, special)
+    # A rendered chat already holds the special tokens that its template wants, and its answer begins anew.
+    continues = not isinstance(shape, ChatFormat)
+    encoded = await encode_all(prompts, codec, known, special=continues)
     plan = make_plan(wanted, encoded, known, call.work_id(), remaining_s)
     async with (
         started(call.context, plan) as answers,
-        aclosing(interleave(streams(answers, codec, plan.rules))) as events,
+        aclosing(interleave(streams(answers, codec, plan, continues))) as events,
     ):
         # Without a tokenizer the ids are all there is of an answer.
         with_ids = wanted.return_token_ids or codec is None

@@ -173,8 +173,9 @@ class Batcher(Generic[T, R]):
     def _completed(self, batch: list[QueueItem[_Entry[T, R]]], task: asyncio.Task[None]) -> None:
         self._running.discard(task)
         self._wake.set()
-        for item in batch:
-            item.value.fail(_shutting_down())  # those of a task that was cancelled, perhaps before it began
+        if task.cancelled():  # perhaps before it began
+            for item in batch:
+                item.value.fail(_shutting_down())
 
     async def _compute(self, batch: list[QueueItem[_Entry[T, R]]]) -> None:
         entries = [item.value for item in batch if not item.value.result.done()]

@@ -123,11 +123,11 @@ class PriorityQueue(Generic[T]):
         heapq.heappush(self._by_importance, (item.priority, -item.number, item))
 
     def _make_room(self, item: QueueItem[T]) -> list[QueueItem[T]]:
-        """Who must go for `item`. Decided before anyone goes: shed for an item that is refused would be in vain."""
+        """Who must go for `item`. Decided before anyone goes: none is shed for an item that is refused."""
         items, tokens = self._items, self._tokens
         entries: list[_Entry[T]] = []
         try:
-            # An item larger than the whole queue is let in when nothing else waits: it could never enter otherwise.
+            # An item larger than the whole queue comes in when nothing else waits: it never could otherwise.
             while items >= self.limits.max_items or (items and tokens + item.tokens > self.limits.max_tokens):
                 victim = self._first(self._by_importance)
                 if victim is None or victim.priority >= item.priority:

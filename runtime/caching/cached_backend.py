@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
-from ..errors import DeadlineExceededError, OverloadedError, PimoeError, RequestCancelledError
+from ..errors import DeadlineExceededError, OverloadedError, RequestCancelledError
 from ..numerics import all_finite
 from ..requests import (
     Backend,
@@ -27,6 +27,8 @@ from .result_cache import ResultCache
 
 V = TypeVar("V", InferResult, TokenChunk)
 
+Compute: TypeAlias = Callable[[float], AsyncGenerator[V, None]]  # within so many seconds
+
 _TOKEN_BYTES = 96  # of a stored token: its chunk, tuple and numbers
 _LOGPROB_BYTES = 160
 
@@ -39,6 +41,14 @@ class CachedAnswer:
     response_id: str
     created_s: int
     items: tuple[InferResult | TokenChunk, ...]
+
+
+class _Shared(NamedTuple):
+    """A flight, and the identity of the response it was begun for."""
+
+    response_id: str
+    created_s: int
+    flight: Flight[Any]
 
 
 class CachedBackend:
@@ -60,7 +70,7 @@ class CachedBackend:
         self.cache = cache
         self.tenant = tenant
         self._wall_clock = wall_clock
-        self._flights: dict[bytes, tuple[str, int, Flight[Any]]] = {}
+        self._flights: dict[bytes, _Shared] = {}
 
     @property
     def model(self) -> ModelInfo:
@@ -73,81 +83,86 @@ class CachedBackend:
             self.cache.bypassed += 1
             return InferAnswer("bypass", await self.backend.infer(request))
 
-        async def compute() -> AsyncGenerator[InferResult, None]:
-            yield await self.backend.infer(request)
+        async def compute(timeout_s: float) -> AsyncGenerator[InferResult, None]:
+            yield await self.backend.infer(replace(request, timeout_s=timeout_s))
 
         key = infer_key(self.model, request, self.tenant)
-        outcome, _, _, items = self._open(key, request.request_id, request.timeout_s, compute)
+        outcome, _, _, items = await self._open(key, request.request_id, request.timeout_s, compute)
         (result,) = [item async for item in items]
         return InferAnswer(outcome, result)
 
     async def generate(self, request: GenerateRequest, use_cache: bool = True) -> GenerateAnswer:
-        """Answer a generation; errors surface when the chunks are read. Raises: as `Backend.generate`."""
+        """Answer a generation. Raises: as `Backend.generate`, now or when the chunks are read."""
         if not (use_cache and self.cache.limits.max_bytes):
             self.cache.bypassed += 1
             created_s = int(self._wall_clock())
             return GenerateAnswer("bypass", request.request_id, created_s, self.backend.generate(request))
-        key = generate_key(self.model, request, self.tenant)
-        return GenerateAnswer(
-            *self._open(key, request.request_id, request.timeout_s, lambda: self.backend.generate(request))
-        )
 
-    def _open(
-        self, key: bytes, request_id: str, timeout_s: float, compute: Callable[[], AsyncGenerator[V, None]]
+        def compute(timeout_s: float) -> AsyncGenerator[TokenChunk, None]:
+            return self.backend.generate(replace(request, timeout_s=timeout_s))
+
+        key = generate_key(self.model, request, self.tenant)
+        return GenerateAnswer(*await self._open(key, request.request_id, request.timeout_s, compute))
+
+    async def _open(
+        self, key: bytes, request_id: str, timeout_s: float, compute: Compute[V]
     ) -> tuple[CacheOutcome, str, int, AsyncGenerator[V, None]]:
+        outcome: CacheOutcome = "coalesced"
+        deadline = time.monotonic() + timeout_s
         if (found := self.cache.get(key)) is not None:
             self.cache.hits += 1
             return "hit", found.response_id, found.created_s, _replay(found.items)
-        deadline = time.monotonic() + timeout_s
-        if (open_flight := self._flights.get(key)) is not None:
+        if (shared := self._flights.get(key)) is not None:
             self.cache.coalesced += 1
-            response_id, created_s, flight = open_flight
-            follower = self._follow(key, flight, deadline, compute)
-            return "coalesced", response_id, created_s, follower
-        self.cache.misses += 1
-        created_s = int(self._wall_clock())
-        leader = self._launch(key, request_id, created_s, compute)
-        return "miss", request_id, created_s, leader.read(deadline)
+        else:
+            outcome = "miss"
+            self.cache.misses += 1
+            shared = self._launch(key, request_id, int(self._wall_clock()), compute(timeout_s))
+        items = self._read(key, shared, outcome == "miss", deadline, compute)
+        await anext(items)  # begins it: one that is closed before its first item leaves its flight all the same
+        return outcome, shared.response_id, shared.created_s, items
 
-    def _launch(
-        self, key: bytes, request_id: str, created_s: int, compute: Callable[[], AsyncGenerator[V, None]]
-    ) -> Flight[V]:
+    def _launch(self, key: bytes, response_id: str, created_s: int, items: AsyncGenerator[V, None]) -> _Shared:
         def finished(items: list[V]) -> None:
             if items and all(map(_is_storable, items)) and _is_whole(items[-1]):
-                answer = CachedAnswer(request_id, created_s, tuple(items))
+                answer = CachedAnswer(response_id, created_s, tuple(items))
                 self.cache.put(key, answer, sum(map(_item_bytes, items)))
 
-        flight: Flight[V] = Flight(compute(), finished, lambda: self._land(key, flight))
-        self._flights[key] = (request_id, created_s, flight)
-        return flight
+        def ended() -> None:
+            if self._flights.get(key) is shared:
+                del self._flights[key]
 
-    def _land(self, key: bytes, flight: Flight[V]) -> None:
-        if (current := self._flights.get(key)) is not None and current[2] is flight:
-            del self._flights[key]
+        shared: _Shared = _Shared(response_id, created_s, Flight(items, finished, ended))
+        self._flights[key] = shared
+        return shared
 
-    async def _follow(
-        self, key: bytes, flight: Flight[V], deadline: float, compute: Callable[[], AsyncGenerator[V, None]]
+    async def _read(
+        self, key: bytes, shared: _Shared, leads: bool, deadline: float, compute: Compute[V]
     ) -> AsyncGenerator[V, None]:
-        """Read another's flight. When it fails for a reason of its leader's own (its time, its place in the
-        queue), compute alone, and leave out what was read already: equal requests give equal items."""
-        position = 0
-        try:
-            async with contextlib.aclosing(flight.read(deadline)) as items:
-                async for item in items:
-                    position += 1
-                    yield item
-            return
-        except (DeadlineExceededError, OverloadedError, RequestCancelledError):
-            if time.monotonic() >= deadline:
-                raise
-        except PimoeError:
-            if not flight.cancelled:
-                raise
-        async with contextlib.aclosing(compute()) as items:
-            async for item in items:
-                position -= 1
-                if position < 0:
-                    yield item
+        """Read a flight, after one None. When another's fails for a reason of its leader's own (its time, its
+        place in the queue), join the next or launch one, and leave out what was read: equal requests give equal
+        items."""
+        position, begun = 0, False
+        while True:
+            try:
+                with shared.flight.joined():
+                    if not begun:
+                        begun = True
+                        yield cast(V, None)
+                    async with contextlib.aclosing(shared.flight.read(deadline, position)) as items:
+                        async for item in items:
+                            position += 1
+                            yield item
+                return
+            except (DeadlineExceededError, OverloadedError, RequestCancelledError) as error:
+                if leads or error is not shared.flight.error or time.monotonic() >= deadline:
+                    raise
+            if (current := self._flights.get(key)) is not None:
+                shared = current
+            else:
+                leads = True
+                items = compute(deadline - time.monotonic())
+                shared = self._launch(key, shared.response_id, shared.created_s, items)
 
 
 async def _replay(items: tuple[Any, ...]) -> AsyncGenerator[Any, None]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Generic, TypeVar
 
-from ..errors import DeadlineExceededError, PimoeError
+from ..errors import DeadlineExceededError, RequestCancelledError
 
 V = TypeVar("V")
 
@@ -16,12 +16,16 @@ class Flight(Generic[V]):
     """One computation and its readers. Each reader gets every item from the first on, whenever it joins.
 
     The computation runs in a task of its own, so that the request that began it may leave without ending it for
-    the others; when the last reader leaves, it is cancelled.
+    the others; when the last reader leaves, it is cancelled. It does not wait for slow readers: all items are kept
+    for those to come, as many as one answer has.
 
     Args:
         items: the computation.
         finished: called when it has ended whole, with all items.
-        ended: called when it has ended in any way.
+        ended: called when no reader may join any more: it has ended in any way, or nobody is left. Perhaps twice.
+
+    Attributes:
+        error: what the computation raised; the very one that readers are given.
     """
 
     def __init__(
@@ -31,7 +35,6 @@ class Flight(Generic[V]):
         ended: Callable[[], None],
     ) -> None:
         self.error: Exception | None = None
-        self.cancelled = False
         self._items: list[V] = []
         self._done = False
         self._readers = 0
@@ -39,8 +42,20 @@ class Flight(Generic[V]):
         self._finished, self._ended = finished, ended
         self._task = asyncio.create_task(self._run(items))
 
-    async def read(self, deadline: float) -> AsyncGenerator[V, None]:
-        """All items, from the first.
+    @contextlib.contextmanager
+    def joined(self) -> Iterator[None]:
+        """Count as a reader, from before the first item is read."""
+        self._readers += 1
+        try:
+            yield
+        finally:
+            self._readers -= 1
+            if self._readers == 0 and not self._done:
+                self._ended()  # now: who comes while it is being cancelled must not join it
+                self._task.cancel()
+
+    async def read(self, deadline: float, position: int = 0) -> AsyncGenerator[V, None]:
+        """All items, from the one at `position`; for those who have `joined`.
 
         Args:
             deadline: the reader's own, on `time.monotonic()`.
@@ -49,22 +64,15 @@ class Flight(Generic[V]):
             DeadlineExceededError: the reader's time ran out; the flight goes on for the others.
             PimoeError: what the computation raised.
         """
-        self._readers += 1
-        position = 0
-        try:
-            while True:
-                while position < len(self._items):
-                    position += 1
-                    yield self._items[position - 1]
-                if self._done:
-                    if self.error is not None:
-                        raise self.error
-                    return
-                await self._wait(deadline)
-        finally:
-            self._readers -= 1
-            if self._readers == 0 and not self._done:
-                self._task.cancel()
+        while True:
+            while position < len(self._items):
+                position += 1
+                yield self._items[position - 1]
+            if self._done:
+                if self.error is not None:
+                    raise self.error
+                return
+            await self._wait(deadline)
 
     async def _wait(self, deadline: float) -> None:
         try:
@@ -81,8 +89,7 @@ class Flight(Generic[V]):
                     self._notify()
             self._finished(self._items)
         except asyncio.CancelledError:
-            self.cancelled = True
-            self.error = PimoeError("the shared computation was cancelled")
+            self.error = RequestCancelledError("the shared computation was cancelled")
         except Exception as error:  # every reader is given it
             self.error = error
         finally:

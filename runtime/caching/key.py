@@ -1,9 +1,10 @@
 """The cache key: SHA-256 over a canonical encoding of everything that can change an answer.
 
-Fields, in order: key schema, runtime version, model name, weights digest, compute dtype, tenant, endpoint; then
-for tensors layer, dtype, shape and bytes, for generation the prompt's token ids and every sampling parameter
-with its default filled in. Priority and timeout are left out: they change when an answer comes, not what it is.
-Every value is written with its type and length, so that no two different requests encode alike.
+Fields, in order: key schema, runtime version, every field of the model (its weights digest and compute dtype among
+them), tenant, endpoint; then for tensors layer, dtype, shape and bytes, for generation the prompt's token ids, the
+tokens emitted before a resumption and every sampling parameter with its default filled in. Priority and timeout
+are left out: they change when an answer comes, not what it is. Every value is written with its type and length,
+so that no two different requests encode alike.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class _CanonicalHash:
 
 def _start(model: ModelInfo, tenant: str, endpoint: str) -> _CanonicalHash:
     canonical = _CanonicalHash()
-    for value in (KEY_SCHEMA, __version__, model.name, model.weights_digest, model.dtype, tenant, endpoint):
+    model_fields = (getattr(model, field.name) for field in fields(model))
+    for value in (KEY_SCHEMA, __version__, *model_fields, tenant, endpoint):
         canonical.add(value)
     return canonical
 
@@ -72,8 +74,8 @@ def infer_key(model: ModelInfo, request: InferRequest, tenant: str = "") -> byte
 def generate_key(model: ModelInfo, request: GenerateRequest, tenant: str = "") -> bytes:
     """The key of a generation; 32 bytes."""
     canonical = _start(model, tenant, "generate")
-    prompt = request.prompt_token_ids
-    canonical.add(struct.pack(f"<{len(prompt)}q", *prompt))
+    for tokens in (request.prompt_token_ids, request.emitted):
+        canonical.add(struct.pack(f"<{len(tokens)}q", *tokens))
     for field in fields(request.sampling):
         value = getattr(request.sampling, field.name)
         if field.name == "seed" and request.sampling.temperature == 0:

@@ -57,7 +57,7 @@ class CacheStatistics(NamedTuple):
 class _Entry(Generic[V]):
     value: V
     size_bytes: int
-    expires: float
+    stored: float
 
 
 class ResultCache(Generic[V]):
@@ -68,19 +68,29 @@ class ResultCache(Generic[V]):
     """
 
     def __init__(self, limits: CacheLimits, clock: Callable[[], float] = time.monotonic) -> None:
-        self.limits = limits
+        self._limits = limits
         self.hits = self.misses = self.coalesced = self.bypassed = 0
         self._clock = clock
         self._entries: OrderedDict[bytes, _Entry[V]] = OrderedDict()
         self._bytes = 0
         self._evicted = self._expired = self._too_large = 0
 
+    @property
+    def limits(self) -> CacheLimits:
+        """The bounds; may be set while serving, and hold at once."""
+        return self._limits
+
+    @limits.setter
+    def limits(self, limits: CacheLimits) -> None:
+        self._limits = limits
+        self._evict()
+
     def get(self, key: bytes) -> V | None:
         """The value, or None. Counting hits and misses is the caller's part: only it knows of single flight."""
         entry = self._entries.get(key)
         if entry is None:
             return None
-        if entry.expires <= self._clock():
+        if entry.stored + self._limits.ttl_s <= self._clock():
             self._remove(key)
             self._expired += 1
             return None
@@ -90,15 +100,13 @@ class ResultCache(Generic[V]):
     def put(self, key: bytes, value: V, size_bytes: int) -> None:
         """Store a value of `size_bytes`, pushing out the least recently used."""
         size_bytes += ENTRY_OVERHEAD_BYTES
-        if size_bytes > min(self.limits.max_entry_bytes, self.limits.max_bytes):
+        if size_bytes > min(self._limits.max_entry_bytes, self._limits.max_bytes):
             self._too_large += 1
             return
         self._remove(key)
-        self._entries[key] = _Entry(value, size_bytes, self._clock() + self.limits.ttl_s)
+        self._entries[key] = _Entry(value, size_bytes, self._clock())
         self._bytes += size_bytes
-        while self._bytes > self.limits.max_bytes:
-            self._remove(next(iter(self._entries)))
-            self._evicted += 1
+        self._evict()
 
     def clear(self) -> int:
         """Forget everything; how many entries there were."""
@@ -112,7 +120,7 @@ class ResultCache(Generic[V]):
         return CacheStatistics(
             entries=len(self._entries),
             bytes=self._bytes,
-            max_bytes=self.limits.max_bytes,
+            max_bytes=self._limits.max_bytes,
             hits=self.hits,
             misses=self.misses,
             coalesced=self.coalesced,
@@ -121,6 +129,11 @@ class ResultCache(Generic[V]):
             expired=self._expired,
             too_large=self._too_large,
         )
+
+    def _evict(self) -> None:
+        while self._bytes > self._limits.max_bytes:
+            self._remove(next(iter(self._entries)))
+            self._evicted += 1
 
     def _remove(self, key: bytes) -> None:
         if (entry := self._entries.pop(key, None)) is not None:

@@ -33,7 +33,7 @@ _GATED_NAMES = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 
 
 def write_layer_model(
-    folder: Path,
+    folder: Path | str,
     gate: Tensor,
     experts: Sequence[Mapping[str, Tensor] | nn.Module],
     top_k: int,
@@ -84,8 +84,9 @@ def write_layer_model(
         import_expert_class(path)
         config |= {"expert_class": path, "expert_kwargs": dict(expert_kwargs or {})}
     tensors = {f"experts.{i}.{name}": tensor for i, state in enumerate(states) for name, tensor in state.items()}
-    _write(folder, config, {"gate.weight": gate, **tensors})
-    return folder
+    path = Path(folder)
+    _write(path, config, {"gate.weight": gate, **tensors})
+    return path
 
 
 def load_gate(
