@@ -247,7 +247,7 @@ def _why_it_failed(error: Exception) -> str:
     said = [str(error)]
     application = serve.status().applications.get(APP_NAME)
     if application is not None:
-        said = [application.message, *(d.message for d in application.deployments.values())] + said
+        said = [application.message, *(d.message for d in application.deployments.values()), *said]
     for text in said:
         # The innermost error comes last.
         if causes := [line.strip() for line in text.splitlines() if _CAUSE.match(line.strip())]:

@@ -34,7 +34,7 @@ from pimoe.runtime.routing.plan import ExpertRows, Placement, contiguous_placeme
 from pimoe.runtime.tasks import gather_or_cancel
 from pimoe.runtime.tensors import from_wire, to_wire
 from report import machine, machine_line, median_quantile, parser, progress, publish, table
-from stand import one_line_errors, served
+from stand import QUIET, stand
 from torch import Tensor
 
 GROUPS = 2
@@ -43,7 +43,6 @@ ECHO_WAYS = ("link", "handle")
 EXPERT_WAYS = ("in-process", "link", "handle")
 _NAME = "dispatch"
 _TIMEOUT_S = 60.0
-_QUIET = {"enable_access_log": False, "log_level": "WARNING"}
 
 
 @dataclass(frozen=True)
@@ -214,7 +213,7 @@ def measure(preset: Preset) -> list[Result]:
     from ray import serve
 
     progress("dispatch: starting two expert groups and a router that measures")
-    router = serve.run(_application(), name=_NAME, route_prefix=None, logging_config=_QUIET)
+    router = serve.run(_application(), name=_NAME, route_prefix=None, logging_config=QUIET)
     try:
         cases = [
             *(("echo", size, way) for size in preset.payload_bytes for way in ECHO_WAYS),
@@ -257,7 +256,7 @@ def tables(results: Sequence[Result]) -> str:
     """For people."""
     titles = {
         "echo": f"Dispatch to {GROUPS} replicas at once, as many bytes back (medians of rounds)",
-        "experts": f"Dispatch of tokens to {GROUPS} expert groups of the embedded model, plan, experts and sum included",
+        "experts": f"Dispatch of tokens through {GROUPS} expert groups of the embedded model, from plan to sum",
     }
     sizes = {"echo": "bytes each", "experts": "tokens"}
     return "\n\n".join(
@@ -278,7 +277,8 @@ def main() -> None:
     """The command line."""
     options = parser("Compare dispatch over pimoe's links and over Ray Serve handles.", PRESETS).parse_args()
     here = machine()
-    with one_line_errors(), served(None, GROUPS):
+    with stand() as cluster:
+        cluster.serve(None, GROUPS)
         results = measure(PRESETS[options.preset])
     facts = {"machine": here, "preset": options.preset, "dispatch": [asdict(result) for result in results]}
     publish(facts, f"{machine_line(here)}\n\n{tables(results)}", options.json)

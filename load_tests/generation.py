@@ -1,6 +1,6 @@
 """Tokens per second of the served application, beside the same model without HTTP, without Ray, without isolation.
 
-    python load_tests/generation.py [--preset tiny] [--model FOLDER | --wide] [--groups N] [--json FILE]
+    python load_tests/generation.py [--preset tiny] [--model FOLDER|embedded|wide] [--groups N] [--json FILE]
 
 All ways are up at the same time and take turns. Prompts are token ids; every sequence generates the same number of
 tokens, greedily, past the end of its text, and past the result cache. See README.md.
@@ -14,7 +14,7 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import AsyncExitStack, aclosing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from pimoe.runtime.model.spec import DecoderSpec
 from pimoe.runtime.requests import GenerateRequest, SamplingParams
 from random_model import write_random_model
 from report import cores, machine, machine_line, median_quantile, parser, progress, publish, table
-from stand import one_line_errors, served
+from stand import stand
 
 GROUPS = 2
 _TIMEOUT_S = 600.0
@@ -45,17 +45,22 @@ class Preset:
     Attributes:
         rounds: each goes through all ways and numbers of sequences, so that all meet the same disturbances.
         sequences: how many generate at once.
+        models: unless the command line names some.
+        all_cores: also in-process with a torch thread per core, which wins where steps are large.
     """
 
     rounds: int
     sequences: tuple[int, ...]
     prompt_tokens: int
     max_tokens: int
+    models: tuple[str, ...]
+    all_cores: bool = True
 
 
+EMBEDDED, WIDE = "embedded", "wide"
 PRESETS = {
-    "tiny": Preset(rounds=1, sequences=(1, 4), prompt_tokens=8, max_tokens=8),
-    "default": Preset(rounds=5, sequences=(1, 8, 32), prompt_tokens=16, max_tokens=64),
+    "tiny": Preset(1, sequences=(1, 4), prompt_tokens=8, max_tokens=8, models=(EMBEDDED,), all_cores=False),
+    "default": Preset(5, sequences=(1, 8, 32), prompt_tokens=16, max_tokens=64, models=(EMBEDDED, WIDE)),
 }
 
 
@@ -77,22 +82,31 @@ class Result:
     ratio: float
 
 
+@dataclass(frozen=True)
+class Model:
+    """What to measure with. `folder` None: the embedded model."""
+
+    name: str
+    folder: Path | None
+
+
 Generate = Callable[[list[int], int], AsyncGenerator[int, None]]
 """Prompt, tokens wanted -> how many tokens each piece of the answer brought."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to generate. `threads` are torch's in this process, while it is measured."""
+    """One way to generate.
+
+    Attributes:
+        threads: torch's in this process, while it is measured.
+        in_process: whether it is one of the limits that the others are measured against.
+    """
 
     name: str
     threads: int
     generate: Generate
-
-    @property
-    def in_process(self) -> bool:
-        """Whether it sets the limit that the others are measured against."""
-        return self.name.startswith("in-process")
+    in_process: bool = False
 
 
 # The ways ------------------------------------------------------------------------------------------------------
@@ -122,15 +136,14 @@ def _local(runtime: LocalRuntime) -> Generate:
     return generate
 
 
-async def _open_ways(stack: AsyncExitStack, folder: Path, groups: int, url: str) -> list[Way]:
-    async def local(name: str, threads: int, groups: int, isolation: Isolation) -> Way:
+async def _open_ways(stack: AsyncExitStack, folder: Path, threads: set[int], groups: int, url: str) -> list[Way]:
+    async def local(name: str, count: int, groups: int, isolation: Isolation) -> Way:
         runtime = await LocalRuntime.start(folder, groups, isolation)
         await stack.enter_async_context(runtime)
-        return Way(f"{name}, {threads} thread{'s' * (threads > 1)}", threads, _local(runtime))
+        plural = "s" if count > 1 else ""
+        return Way(f"{name}, {count} thread{plural}", count, _local(runtime), isolation == "in-process")
 
-    # Small steps are fastest on one thread, large ones on all cores: the limit is whichever wins.
-    counts = sorted({1, cores()})
-    ways = [await local("in-process, 1 group", threads, 1, "in-process") for threads in counts]
+    ways = [await local("in-process, 1 group", count, 1, "in-process") for count in sorted(threads)]
     ways.append(await local(f"in-process, {groups} groups", 1, groups, "in-process"))
     ways.append(await local(f"{groups} group processes", 1, groups, "processes"))
     client = await stack.enter_async_context(AsyncClient(url))
@@ -167,7 +180,8 @@ def _prompts(vocab_size: int, count: int, tokens: int) -> list[list[int]]:
     return prompts
 
 
-async def _measure(preset: Preset, folder: Path, name: str, groups: int, url: str) -> list[Result]:
+async def _measure(preset: Preset, model: Model, groups: int, url: str) -> list[Result]:
+    folder = model.folder or CHECKPOINT
     spec = read_spec(Checkpoint(folder))
     if not isinstance(spec, DecoderSpec):
         raise SystemExit(f"{folder} is a layer model, which does not generate")
@@ -176,9 +190,11 @@ async def _measure(preset: Preset, folder: Path, name: str, groups: int, url: st
     firsts: dict[tuple[int, str], list[list[float]]] = {}
     async with AsyncExitStack() as stack:
         progress("generation: starting the local ways")
-        ways = await _open_ways(stack, folder, groups, url)
+        # Small steps are fastest on one thread, large ones on all cores: the limit is whichever wins.
+        threads = {1, cores()} if preset.all_cores else {1}
+        ways = await _open_ways(stack, folder, threads, groups, url)
         for index in range(preset.rounds):
-            progress(f"generation: round {index + 1} of {preset.rounds}")
+            progress(f"generation, {model.name}: round {index + 1} of {preset.rounds}")
             for sequences, way in itertools.product(preset.sequences, ways):
                 await _burst(way, prompts[:sequences], _WARM_UP_TOKENS)
                 rate, first_s = await _burst(way, prompts[:sequences], preset.max_tokens)
@@ -187,16 +203,15 @@ async def _measure(preset: Preset, folder: Path, name: str, groups: int, url: st
     medians = {case: statistics.median(values) for case, values in rates.items()}
     limits = {s: max(medians[s, way.name] for way in ways if way.in_process) for s in preset.sequences}
     return [
-        Result(name, way, s, median, 1e3 * median_quantile(firsts[s, way], 0.5), median / limits[s])
+        Result(model.name, way, s, median, 1e3 * median_quantile(firsts[s, way], 0.5), median / limits[s])
         for (s, way), median in medians.items()
     ]
 
 
-def measure(preset: Preset, model: Path | None, name: str, groups: int, url: str) -> list[Result]:
-    """Start the local ways beside the application that serves `model` (None: the embedded one) at `url`, and
-    measure all of them."""
+def measure(preset: Preset, model: Model, groups: int, url: str) -> list[Result]:
+    """Start the local ways beside the application that serves `model` at `url`, and measure all of them."""
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        return runner.run(_measure(preset, model or CHECKPOINT, name, groups, url))
+        return runner.run(_measure(preset, model, groups, url))
 
 
 def tables(results: list[Result], preset: Preset) -> str:
@@ -204,7 +219,7 @@ def tables(results: list[Result], preset: Preset) -> str:
     header = ("sequences", "way", "tokens/s", "to in-process", "first token p50 ms")
     return "\n\n".join(
         table(
-            f"Generation, {model}: {preset.max_tokens} tokens after {preset.prompt_tokens} (medians of rounds)",
+            f"Generation, {model} model: {preset.max_tokens} tokens each, prompts of {preset.prompt_tokens}",
             header,
             [
                 (
@@ -226,24 +241,32 @@ def tables(results: list[Result], preset: Preset) -> str:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """`--model`, `--wide` and `--groups`."""
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--model", type=Path, metavar="FOLDER", help="a checkpoint; the embedded model otherwise")
-    which.add_argument(
-        "--wide", action="store_true", help="a random model of hidden 512, 8 layers, 32 experts top-4, bfloat16"
+    """`--model` and `--groups`."""
+    parser.add_argument(
+        "--model",
+        action="append",
+        metavar="FOLDER",
+        help=f"a checkpoint, {EMBEDDED!r}, or {WIDE!r}: random, hidden 512, 8 layers, 32 experts top-4, bfloat16; "
+        "may be repeated (the preset's)",
     )
     parser.add_argument("--groups", type=int, default=GROUPS, help="expert groups (%(default)s)")
 
 
 @contextmanager
-def chosen_model(options: argparse.Namespace) -> Iterator[tuple[Path | None, str]]:
-    """The folder (None: the embedded model) and a name for tables."""
-    if not options.wide:
-        yield options.model, "embedded model" if options.model is None else options.model.resolve().name
-        return
-    with tempfile.TemporaryDirectory(prefix="pimoe-bench-") as folder:
+def chosen_models(options: argparse.Namespace) -> Iterator[list[Model]]:
+    """The models of the command line, or the preset's."""
+    names = options.model or PRESETS[options.preset].models
+    with tempfile.TemporaryDirectory(prefix="pimoe-bench-") as made:
+        yield [_model(name, Path(made)) for name in names]
+
+
+def _model(name: str, made: Path) -> Model:
+    if name == EMBEDDED:
+        return Model(EMBEDDED, None)
+    if name == WIDE:
         progress("writing the wide model")
-        yield write_random_model(Path(folder)), "wide model"
+        return Model(WIDE, write_random_model(made))
+    return Model(Path(name).resolve().name, Path(name))
 
 
 def main() -> None:
@@ -254,8 +277,11 @@ def main() -> None:
     add_model_options(options_parser)
     options = options_parser.parse_args()
     preset, here = PRESETS[options.preset], machine()
-    with one_line_errors(), chosen_model(options) as (model, name), served(model, options.groups) as cluster:
-        results = measure(preset, model, name, options.groups, cluster.url)
+    results: list[Result] = []
+    with chosen_models(options) as models, stand() as cluster:
+        for model in models:
+            cluster.serve(model.folder, options.groups)
+            results += measure(preset, model, options.groups, cluster.url)
     facts: dict[str, Any] = {"machine": here, "preset": options.preset, "generation": [asdict(r) for r in results]}
     publish(facts, f"{machine_line(here)}\n\n{tables(results, preset)}", options.json)
 

@@ -1,6 +1,6 @@
 """What it costs that experts live apart: `make bench`.
 
-    python load_tests/isolation.py [--preset tiny] [--model FOLDER | --wide] [--groups N] [--json FILE]
+    python load_tests/isolation.py [--preset tiny] [--model FOLDER|embedded|wide] [--groups N] [--json FILE]
 
 In one run and one cluster: tokens per second of the served application against the same model in-process
 (`generation.py`), and a dispatch over links against the same over Ray Serve handles (`dispatch.py`).
@@ -13,7 +13,7 @@ from dataclasses import asdict
 import dispatch
 import generation
 from report import machine, machine_line, parser, publish
-from stand import one_line_errors, served
+from stand import stand
 
 
 def main() -> None:
@@ -22,12 +22,11 @@ def main() -> None:
     generation.add_model_options(options_parser)
     options = options_parser.parse_args()
     here, preset = machine(), generation.PRESETS[options.preset]
-    with (
-        one_line_errors(),
-        generation.chosen_model(options) as (model, name),
-        served(model, options.groups) as cluster,
-    ):
-        generated = generation.measure(preset, model, name, options.groups, cluster.url)
+    generated: list[generation.Result] = []
+    with generation.chosen_models(options) as models, stand() as cluster:
+        for model in models:
+            cluster.serve(model.folder, options.groups)
+            generated += generation.measure(preset, model, options.groups, cluster.url)
         dispatched = dispatch.measure(dispatch.PRESETS[options.preset])
     facts = {
         "machine": here,

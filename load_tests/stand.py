@@ -1,32 +1,66 @@
-"""The measuring stand: one local cluster with the served application, and nothing left behind."""
+"""The measuring stand: one local cluster that serves one model after another, and leaves nothing behind."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pimoe.deployments.cluster import LocalCluster, free_port, owned_cluster
+from pimoe.clients import Client
+from pimoe.deployments.cluster import APP_NAME, LocalCluster, free_port, owned_cluster
 from pimoe.deployments.local_settings import local_settings
+from pimoe.deployments.settings import AppSettings
 from pimoe.runtime.errors import PimoeError
 from report import progress
 
+QUIET = {"enable_access_log": False, "log_level": "WARNING"}
+_READY_TIMEOUT_S = 60.0
+
+
+class Stand:
+    """A cluster that starts with the first model."""
+
+    def __init__(self, cluster: LocalCluster) -> None:
+        self._cluster = cluster
+        self._started = False
+
+    @property
+    def url(self) -> str:
+        """Where the application answers."""
+        return self._cluster.url
+
+    def serve(self, model: Path | None, groups: int) -> None:
+        """Serve `model` (None: the embedded one) as `pimoe serve` would, in place of the one before."""
+        settings = local_settings(None if model is None else str(model.resolve()), groups)
+        if self._started:
+            self._replace(settings)
+        else:
+            self._cluster.start(settings, progress)
+            self._started = True
+
+    def _replace(self, settings: AppSettings) -> None:
+        from pimoe.deployments.app import build
+        from ray import serve
+
+        progress("serving another model")
+        serve.delete(APP_NAME)
+        serve.run(build(settings), name=APP_NAME, route_prefix="/", logging_config=QUIET)
+        until = time.monotonic() + _READY_TIMEOUT_S
+        with Client(self.url) as client:
+            while not client.health().ready:
+                if time.monotonic() > until:
+                    raise TimeoutError(f"the application was not ready within {_READY_TIMEOUT_S:g} s")
+                time.sleep(0.1)
+
 
 @contextmanager
-def served(model: Path | None, groups: int) -> Iterator[LocalCluster]:
-    """The default local deployment of `model` (None: the embedded one), as `pimoe serve` starts it."""
-    settings = local_settings(None if model is None else str(model.resolve()), groups)
-    with owned_cluster("127.0.0.1", free_port(), progress) as cluster:
-        cluster.start(settings, progress)
-        yield cluster
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Interrupts and pimoe's own errors end the script with one line, not with a traceback."""
+def stand() -> Iterator[Stand]:
+    """A stand for the block. Interrupts, and errors of pimoe's own, end the script with one line."""
     try:
-        yield
+        with owned_cluster("127.0.0.1", free_port(), progress) as cluster:
+            yield Stand(cluster)
     except KeyboardInterrupt:
         sys.exit(130)
     except PimoeError as error:

@@ -12,6 +12,7 @@ from pimoe.runtime.routing.dispatch import Dispatcher
 from pimoe.runtime.routing.plan import ExpertRows, Placement, contiguous_placement
 from pimoe.runtime.routing.strategies import Routing
 from torch import Tensor
+from waiting import eventually
 
 HIDDEN = torch.arange(12.0).reshape(4, 3)
 # Token 2 goes to experts 0 and 1 only, the others to 2 or 3 as well.
@@ -97,8 +98,7 @@ async def test_who_answers_first_changes_no_bit() -> None:
         )
         for group in order:
             gates[group].set()
-            while not backends[group].ended:
-                await asyncio.sleep(0)
+            await eventually(lambda asked=backends[group]: asked.ended)
         outputs.append(await running)
     assert torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[0], outputs[2])
@@ -126,8 +126,7 @@ async def test_a_leaving_caller_cancels_every_group(groups: int) -> None:
     placement = contiguous_placement(4, groups)
     backends = [ScriptedGroup(experts, asyncio.Event().wait) for experts in placement.groups]
     running = asyncio.ensure_future(Dispatcher(placement, backends).run(0, HIDDEN, ROUTING, 1e9))
-    while not all(backend.asked for backend in backends):
-        await asyncio.sleep(0)
+    await eventually(lambda: all(backend.asked for backend in backends))
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running

@@ -102,8 +102,8 @@ async def _start(context: GatewayContext, plan: Plan) -> list[GenerateAnswer]:
 def streams(
     answers: list[GenerateAnswer], codec: TextCodec | None, plan: Plan, continues: bool = False
 ) -> list[Pieces]:
-    """Each answer as pieces of text. `continues`: of a text that goes on where its prompt ends, in the middle of
-    a line or of a word, rather than of one that begins anew."""
+    """Each answer as pieces of text. `continues`: of a text that goes on where its prompt ends, in the middle
+    of a line or a word, rather than of one that begins anew."""
     texts: list[Pieces] = []
     for answer, request in zip(answers, plan.requests, strict=True):
         context = request.prompt_token_ids[-_CONTEXT_TOKENS:] if continues else ()

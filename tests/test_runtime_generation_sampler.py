@@ -1,0 +1,234 @@
+"""Choosing tokens: greedy, temperature, truncation, seeds by position, bans, and what is reported of it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pimoe.runtime.generation.sampler import sample
+from pimoe.runtime.requests import SamplingParams
+from torch import Tensor
+
+GREEDY = SamplingParams(temperature=0)
+
+
+def choose(logits: Tensor, params: SamplingParams, position: int = 0, banned: tuple[int, ...] = ()) -> int:
+    """One token for one row."""
+    tokens, _ = sample(logits[None], [params], [position], [banned])
+    return tokens[0]
+
+
+def draws(logits: Tensor, params: SamplingParams, count: int) -> Counter[int]:
+    """The tokens of `count` positions."""
+    tokens, _ = sample(logits.expand(count, -1), [params] * count, range(count), [()] * count)
+    return Counter(tokens)
+
+
+def log_of(*probabilities: float) -> Tensor:
+    return torch.tensor(probabilities, dtype=torch.float64).log().float()
+
+
+def logits_of(seed: int, rows: int = 1, vocab: int = 50) -> Tensor:
+    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def test_temperature_zero_takes_the_most_likely() -> None:
+    logits = logits_of(0, rows=5)
+    assert sample(logits, [GREEDY] * 5, range(5), [()] * 5)[0] == logits.argmax(dim=-1).tolist()
+
+
+def test_greedy_and_drawn_rows_share_a_batch() -> None:
+    logits = logits_of(1, rows=4)
+    hot = SamplingParams(seed=3)
+    tokens, _ = sample(logits, [GREEDY, hot, GREEDY, hot], [9, 9, 9, 2], [()] * 4)
+    assert tokens[0] == int(logits[0].argmax())
+    assert tokens[2] == int(logits[2].argmax())
+    assert tokens[1] == choose(logits[1], hot, 9)
+    assert tokens[3] == choose(logits[3], hot, 2)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_tokens_come_as_often_as_the_temperature_says(temperature: float) -> None:
+    logits = log_of(0.5, 0.3, 0.15, 0.05)
+    count = 4000
+    seen = draws(logits, SamplingParams(temperature=temperature, seed=5), count)
+    for token, probability in enumerate(torch.softmax(logits / temperature, dim=-1).tolist()):
+        spread = math.sqrt(probability * (1 - probability) / count)
+        assert abs(seen[token] / count - probability) < 4 * spread
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-6, 1e-30, 1e-300])
+def test_a_tiny_temperature_is_greedy_and_never_nonsense(temperature: float) -> None:
+    logits = log_of(0.2, 0.1, 0.69, 0.01)
+    assert draws(logits, SamplingParams(temperature=temperature), 50) == {2: 50}
+    assert draws(logits * 1e30, SamplingParams(temperature=temperature), 50) == {2: 50}
+
+
+def test_a_huge_temperature_makes_all_alike() -> None:
+    seen = draws(log_of(0.97, 0.01, 0.01, 0.01), SamplingParams(temperature=1e30), 2000)
+    assert all(abs(seen[token] - 500) < 100 for token in range(4))
+
+
+# Truncation: the tokens that can come are exactly these.
+
+FIVE = log_of(0.4, 0.1, 0.25, 0.05, 0.2)  # best first: 0 2 4 1 3
+
+
+@pytest.mark.parametrize(
+    ("truncation", "kept"),
+    [
+        ({}, {0, 1, 2, 3, 4}),
+        ({"top_k": 1}, {0}),
+        ({"top_k": 3}, {0, 2, 4}),
+        ({"top_k": 5}, {0, 1, 2, 3, 4}),
+        ({"top_k": 99}, {0, 1, 2, 3, 4}),
+        ({"top_p": 0.39}, {0}),
+        ({"top_p": 0.41}, {0, 2}),
+        ({"top_p": 0.84}, {0, 2, 4}),
+        ({"top_p": 0.86}, {0, 1, 2, 4}),
+        ({"top_p": 1e-9}, {0}),
+        ({"min_p": 0.49}, {0, 2, 4}),
+        ({"min_p": 0.51}, {0, 2}),
+        ({"min_p": 1.0}, {0}),
+        # After top_k the mass is counted anew: 0.4 and 0.25 of 0.85.
+        ({"top_k": 3, "top_p": 0.76}, {0, 2}),
+        ({"top_k": 3, "top_p": 0.77}, {0, 2, 4}),
+        ({"top_k": 4, "min_p": 0.26}, {0, 2, 4}),
+        ({"top_p": 0.7, "min_p": 0.6}, {0, 2}),
+    ],
+)
+def test_truncation_keeps_exactly_these(truncation: dict[str, Any], kept: set[int]) -> None:
+    seen = draws(FIVE, SamplingParams(seed=1, **truncation), 400)
+    assert set(seen) == kept
+
+
+def test_truncation_leaves_the_kept_ones_proportions() -> None:
+    seen = draws(FIVE, SamplingParams(top_k=2, seed=2), 4000)
+    assert abs(seen[0] / 4000 - 0.4 / 0.65) < 4 * math.sqrt(0.62 * 0.38 / 4000)
+
+
+@pytest.mark.parametrize("truncation", [{"top_k": 2}, {"top_p": 0.45}])
+def test_ties_do_not_let_more_through(truncation: dict[str, Any]) -> None:
+    seen = draws(torch.zeros(4), SamplingParams(seed=3, **truncation), 400)
+    assert len(seen) == 2
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 999), top_k=st.integers(0, 60), top_p=st.floats(0.05, 1.0), min_p=st.floats(0.0, 0.5))
+def test_truncation_keeps_what_a_plain_reference_keeps(seed: int, top_k: int, top_p: float, min_p: float) -> None:
+    logits = logits_of(seed)[0]
+    order = logits.argsort(descending=True).tolist()
+    kept = order[:top_k] if 0 < top_k < len(order) else order
+    if top_p < 1:
+        probabilities = torch.softmax(logits[kept].double(), dim=-1).tolist()
+        mass, count = 0.0, 0
+        while count < len(kept) and (count == 0 or mass < top_p - 1e-6):
+            mass += probabilities[count]
+            count += 1
+        kept = kept[:count]
+    allowed = {t for t in kept if logits[t] >= logits[kept[0]] + (math.log(min_p) if min_p else -math.inf) - 1e-5}
+    params = SamplingParams(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    assert set(draws(logits, params, 60)) <= allowed
+
+
+# Seeds.
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**63 - 1), order=st.permutations(range(6)), vocab=st.sampled_from([3, 50, 1000]))
+def test_a_rows_token_depends_on_nothing_but_its_logits_seed_and_position(
+    seed: int, order: list[int], vocab: int
+) -> None:
+    logits = logits_of(seed % 1000, rows=6, vocab=vocab)
+    params = [SamplingParams(temperature=0.7 + row / 5, seed=seed - row if seed > 6 else row) for row in range(6)]
+    params[4] = SamplingParams(temperature=1.3, top_p=0.9, top_k=20, seed=seed)
+    alone = [choose(logits[row], params[row], 10 + row) for row in range(6)]
+    tokens, _ = sample(logits[order], [params[r] for r in order], [10 + r for r in order], [()] * 6)
+    assert tokens == [alone[row] for row in order]
+
+
+def test_each_position_and_each_seed_draws_anew() -> None:
+    flat = torch.zeros(1000)
+    by_position = [choose(flat, SamplingParams(seed=1), position) for position in range(20)]
+    by_seed = [choose(flat, SamplingParams(seed=seed), 1) for seed in range(20)]
+    assert len(set(by_position)) > 15
+    assert len(set(by_seed)) > 15
+    assert by_position == [choose(flat, SamplingParams(seed=1), position) for position in range(20)]
+
+
+def test_seeds_and_positions_are_not_mixed_up() -> None:
+    flat = torch.zeros(100_000)
+    assert choose(flat, SamplingParams(seed=1), 23) != choose(flat, SamplingParams(seed=12), 3)
+    assert choose(flat, SamplingParams(seed=2), 1) != choose(flat, SamplingParams(seed=1), 2)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64 - 1, -(2**70)])
+def test_any_integer_is_a_seed(seed: int) -> None:
+    assert 0 <= choose(torch.zeros(10), SamplingParams(seed=seed)) < 10
+
+
+def test_sampling_leaves_torchs_own_generator_alone() -> None:
+    before = torch.get_rng_state()
+    choose(torch.zeros(10), SamplingParams(seed=1))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# Bans.
+
+
+def test_banned_tokens_never_come() -> None:
+    logits = log_of(0.9, 0.06, 0.04)
+    assert choose(logits, GREEDY, banned=(0,)) == 1
+    assert choose(logits, GREEDY, banned=(1, 0)) == 2
+    tokens, _ = sample(logits.expand(200, -1), [SamplingParams()] * 200, range(200), [(0,)] * 200)
+    assert set(tokens) == {1, 2}
+
+
+def test_a_ban_is_one_rows_only_and_changes_no_logits() -> None:
+    logits = log_of(0.9, 0.06, 0.04).expand(3, -1).contiguous()
+    before = logits.clone()
+    assert sample(logits, [GREEDY] * 3, [0] * 3, [(), (0,), ()])[0] == [0, 1, 0]
+    assert torch.equal(logits, before)
+
+
+# Log-probabilities.
+
+
+def test_logprobs_are_the_models_own() -> None:
+    logits = logits_of(4, rows=3)
+    expected = torch.log_softmax(logits.double(), dim=-1)
+    params = [
+        SamplingParams(temperature=0, logprobs=0),
+        SamplingParams(temperature=0.3, top_k=2, seed=1, logprobs=5),
+        SamplingParams(temperature=0, logprobs=3),
+    ]
+    tokens, logprobs = sample(logits, params, [0, 1, 2], [(), (), (int(logits[2].argmax()),)])
+    assert [item.token_id for item in logprobs if item is not None] == tokens
+    for row, item in enumerate(logprobs):
+        assert item is not None
+        assert item.logprob == pytest.approx(float(expected[row, tokens[row]]), abs=1e-5)
+        assert len(item.top) == params[row].logprobs
+        best = expected[row].topk(len(item.top))
+        assert [token for token, _ in item.top] == best.indices.tolist()
+        assert [value for _, value in item.top] == pytest.approx(best.values.tolist(), abs=1e-5)
+    banned_row = logprobs[2]
+    assert banned_row is not None
+    assert banned_row.top[0][0] != tokens[2], "a banned token is still the model's most likely one"
+    assert all(math.isfinite(value) for _, value in banned_row.top)
+
+
+def test_logprobs_come_only_where_asked_for_and_for_no_more_than_the_vocabulary() -> None:
+    logits = logits_of(5, rows=2, vocab=4)
+    _, logprobs = sample(logits, [GREEDY, SamplingParams(temperature=0, logprobs=20)], [0, 0], [(), ()])
+    assert logprobs[0] is None
+    assert logprobs[1] is not None
+    assert len(logprobs[1].top) == 4
+
+
+def test_no_rows_give_no_tokens() -> None:
+    assert sample(torch.empty(0, 7), [], [], []) == ([], [])
