@@ -13,6 +13,7 @@ from ..runtime.model.checkpoint import Checkpoint
 from ..runtime.model.families import read_spec
 from ..runtime.model.loading import serving_dtype
 from ..runtime.routing.plan import Placement, contiguous_placement
+from .autoscaling import with_default_policy
 from .expert_group import ExpertGroupReplica, GroupConfig
 from .gateway import GatewayConfig, GatewayReplica
 from .replica import LinkConfig
@@ -132,7 +133,7 @@ def _deployment(
     if settings.max_replicas_per_node is not None:
         options["max_replicas_per_node"] = settings.max_replicas_per_node
     if settings.autoscaling is not None:
-        options["autoscaling_config"] = settings.autoscaling
+        options["autoscaling_config"] = with_default_policy(settings.autoscaling)
     else:
         options["num_replicas"] = settings.num_replicas
     return serve.deployment(replica, **options)

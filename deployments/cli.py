@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 try:
     import pydantic
@@ -24,7 +25,11 @@ from ..runtime.embedded.evaluate import MAX_ANSWER_TOKENS, Answer, SkillScore, e
 from ..runtime.errors import ConfigurationError, PimoeError
 from ..runtime.requests import GenerateRequest, SamplingParams
 from .local_settings import local_settings
+from .processes import supervise
 from .settings import AppSettings
+
+if TYPE_CHECKING:
+    from .cluster import LocalCluster
 
 cli = typer.Typer(
     help="Serve Mixture-of-Experts models whose expert groups live apart, on Ray Serve.",
@@ -51,24 +56,28 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 def main() -> NoReturn:
     """Entry point: errors that we know come out as one line and exit code 1, never as a traceback."""
-    code: object = 0
+    sys.exit(_guarded(lambda: cli(standalone_mode=False)))
+
+
+def _guarded(work: Callable[[], object]) -> int:
+    """Run `work`; the exit code that it, or its error, stands for."""
     try:
-        code = cli(standalone_mode=False)
+        code = work()
     except typer.Exit as stop:
-        code = stop.exit_code
+        return int(stop.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        code = 130
+        return 130
     except pydantic.ValidationError as error:
-        code = _complain("invalid_configuration", _explain(error))
+        return _complain("invalid_configuration", _explain(error))
     except (PimoeError, PimoeClientError) as error:
-        code = _complain(error.code, str(error))
+        return _complain(error.code, str(error))
     except Exception as error:
         # click's usage errors know how to show themselves; anything else is ours to mend, and keeps its traceback.
         if not hasattr(error, "show"):
             raise
         error.show()
-        code = getattr(error, "exit_code", 2)
-    sys.exit(int(code) if isinstance(code, int) else 0)
+        return int(getattr(error, "exit_code", 2))
+    return code if isinstance(code, int) else 0
 
 
 def _complain(code: str, text: str) -> int:
@@ -131,13 +140,16 @@ def serve(
     """Serve a model on this machine until Ctrl-C."""
     settings = _settings(model, groups, replicas, dtype, name, config)
     _check_model(settings)
-    with _local_cluster(host, port) as cluster:
-        cluster.start(settings, lambda step: console.print(f"[dim]{step} ...[/]"))
+
+    def work(cluster: LocalCluster) -> None:
+        cluster.start(settings, _progress)
         console.print(
             f"[bold]{settings.served_name}[/] is served at {cluster.url}; Ctrl-C stops it", highlight=False
         )
         while True:
             signal.pause()
+
+    _with_cluster(host, port, work)
 
 
 @cli.command()
@@ -145,15 +157,24 @@ def demo(port: PortOption = 8000, groups: GroupsOption = 2) -> None:
     """Start the embedded model, show what runs where, ask it, and stop."""
     from .demo import run_demo
 
-    with _local_cluster("127.0.0.1", port) as cluster:
-        run_demo(cluster, local_settings(None, groups), console)
+    settings = local_settings(None, groups)
+    _with_cluster("127.0.0.1", port, lambda cluster: run_demo(cluster, settings, console))
 
 
-def _local_cluster(host: str, port: int) -> Any:
-    """A cluster of this command's own: see `owned_cluster`."""
-    from .cluster import owned_cluster
+def _with_cluster(host: str, port: int, work: Callable[[LocalCluster], None]) -> NoReturn:
+    """Do `work` with a cluster of this command's own, of which nothing survives the command."""
 
-    return owned_cluster(host, port, lambda step: console.print(f"[dim]{step} ...[/]"))
+    def owned() -> None:
+        from .cluster import owned_cluster
+
+        with owned_cluster(host, port, _progress) as cluster:
+            work(cluster)
+
+    raise typer.Exit(supervise(lambda: _guarded(owned)))
+
+
+def _progress(step: str) -> None:
+    console.print(f"[dim]{step} ...[/]")
 
 
 @cli.command()
@@ -229,16 +250,17 @@ def evaluate_command(
 ) -> None:
     """Exact answers per skill of the embedded model: in-process, or through the served application."""
     if url is not None:
-        scores = asyncio.run(_evaluate_url(url, samples))
-    elif served:
-        with _local_cluster("127.0.0.1", port) as cluster:
-            cluster.start(local_settings(None, groups), lambda step: console.print(f"[dim]{step} ...[/]"))
+        _show_scores(asyncio.run(_evaluate_url(url, samples)), f"through {url}")
+    elif not served:
+        _show_scores(asyncio.run(_evaluate_in_process(groups, samples)), "in-process")
+    else:
+
+        def work(cluster: LocalCluster) -> None:
+            cluster.start(local_settings(None, groups), _progress)
             scores = asyncio.run(_evaluate_url(cluster.url, samples))
             _show_scores(scores, "through the served application")
-        return
-    else:
-        scores = asyncio.run(_evaluate_in_process(groups, samples))
-    _show_scores(scores, f"through {url}" if url else "in-process")
+
+        _with_cluster("127.0.0.1", port, work)
 
 
 async def _evaluate_url(url: str, samples: int) -> list[SkillScore]:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..runtime.errors import ConfigurationError, InsufficientResourcesError, PimoeError, UnavailableError
-from .processes import adopt_orphans, end_descendants, ignore_signals, interruptible
+from .processes import ignore_signals, interruptible
 from .settings import AppSettings
 
 APP_NAME = "pimoe"
@@ -201,8 +201,7 @@ class LocalCluster:
 
 @contextlib.contextmanager
 def owned_cluster(host: str, port: int, progress: Callable[[str], None]) -> Iterator[LocalCluster]:
-    """A local cluster for a command line: SIGINT and SIGTERM stop it at any moment, and nothing survives it."""
-    adopt_orphans()
+    """A local cluster for a command line, below `supervise`: SIGINT and SIGTERM stop it at any moment."""
     cluster = LocalCluster(host, port)
     with interruptible():
         try:
@@ -211,7 +210,6 @@ def owned_cluster(host: str, port: int, progress: Callable[[str], None]) -> Iter
             ignore_signals()
             progress("stopping")
             cluster.stop()
-            end_descendants()
 
 
 # Access logs cost a fifth of the requests/s, and pimoe has metrics of its own.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,11 @@ from ..runtime.loop_thread import LoopThread
 from ..runtime.model.checkpoint import Checkpoint
 from ..runtime.model.families import read_spec
 from ..runtime.tensors import torch_dtype
+from .autoscaling import LoadMeter
 from .replica import LinkConfig, choose_device, identity, listen
 
 _START_TIMEOUT_S = 30.0
+_DRAIN_S = 0.2
 CREDITS = 2  # batches that each router may keep in flight on one replica: one computing, one on its way
 
 
@@ -42,6 +45,7 @@ class ExpertGroupReplica:
         group = ExpertGroup.load(checkpoint, spec.experts, config.experts, torch_dtype(config.dtype), device)
         self._config = config
         self._fingerprint = checkpoint.fingerprint()
+        self._load = LoadMeter()
         self._handler = ExpertGroupHandler(group, device)
         # A thread of its own: computing must not hold up Serve's health checks.
         self._thread = LoopThread(config.name)
@@ -58,6 +62,10 @@ class ExpertGroupReplica:
             **self._handler.describe(),
         }
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """The share of time spent computing; called by Serve when the deployment scales by itself."""
+        return self._load.read(self._handler.group.statistics().busy_s)
+
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Live settings: `threads`."""
         torch.set_num_threads(int(user_config.get("threads", self._config.threads)))
@@ -69,6 +77,10 @@ class ExpertGroupReplica:
     async def __del__(self) -> None:
         """Called by Serve when the replica is drained and stops."""
         if hasattr(self, "_server"):
-            self._server.drain()
-            self._thread.run(self._server.close(), _START_TIMEOUT_S)
+            self._thread.run(self._stop(), _START_TIMEOUT_S)
             self._thread.close()
+
+    async def _stop(self) -> None:
+        self._server.drain()  # routers send their next dispatches elsewhere ...
+        await asyncio.sleep(_DRAIN_S)  # ... and what is on its way is still answered
+        await self._server.close()

@@ -6,11 +6,13 @@ import contextlib
 import ctypes
 import os
 import signal
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 _PR_SET_CHILD_SUBREAPER = 36
+_STOP_TIMEOUT_S = 60.0
 
 
 def adopt_orphans() -> None:
@@ -18,6 +20,53 @@ def adopt_orphans() -> None:
     Ray's workers however Ray ended."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def supervise(work: Callable[[], int]) -> int:
+    """Run `work` in a child process, pass signals on to it, and end whatever of it is left when it has ended.
+
+    Interrupting Ray in the middle of its start can crash the process that it happens to; this one has no Ray in
+    it, so it is always there to clean up. Call it before anything starts threads.
+
+    Returns:
+        The exit code: of `work`, 130 when a signal ended it.
+    """
+    adopt_orphans()
+    child = os.fork()
+    if child == 0:
+        os._exit(_flushed(work))
+    interrupted_at: list[float] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        interrupted_at.append(time.monotonic())
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGINT)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, pass_on)
+    code = _wait(child, interrupted_at)
+    ignore_signals()
+    end_descendants()
+    return 130 if interrupted_at else code
+
+
+def _flushed(work: Callable[[], int]) -> int:
+    try:
+        return work()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _wait(child: int, interrupted_at: list[float]) -> int:
+    """The child's exit code; killed when it does not end in time after an interruption."""
+    while True:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        if interrupted_at and time.monotonic() > interrupted_at[0] + _STOP_TIMEOUT_S:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.02)
 
 
 @contextlib.contextmanager

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import ssl as tls
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import ray
@@ -16,14 +17,18 @@ from ..runtime.links import Endpoint, LinkLimits, LinkPool, LinkServer
 from ..runtime.links.addresses import new_unix_address
 from ..runtime.links.messages import Handler
 
+_log = logging.getLogger(__name__)
+
 _BROADCAST_TIMEOUT_S = 5.0
+
+Accept = Callable[[dict[str, Any]], bool]
 
 
 @dataclass(frozen=True, slots=True)
 class LinkConfig:
     """How replicas reach each other; plain values, sent to every replica."""
 
-    secret: str
+    secret: str = field(repr=False)
     transport: Literal["unix", "tcp", "both"]
     limits: LinkLimits
     refresh_s: float
@@ -88,23 +93,29 @@ async def describe_all(handle: Any) -> list[dict[str, Any]]:
     return list(results)
 
 
-def discover(handle: Any) -> Callable[[], Awaitable[Sequence[Endpoint]]]:
+def discover(handle: Any, accept: Accept) -> Callable[[], Awaitable[Sequence[Endpoint]]]:
     """Discovery for a `LinkPool`: the replicas of a deployment, through Serve's broadcast."""
 
     async def endpoints() -> Sequence[Endpoint]:
         return [
             Endpoint(found["id"], found["node"], tuple(found["addresses"]), found)
             for found in await describe_all(handle)
+            if accept(found) or _refuse(found)
         ]
 
     return endpoints
 
 
-def make_pool(name: str, handle: Any, config: LinkConfig) -> LinkPool:
-    """Links to all replicas of a deployment."""
+def _refuse(found: dict[str, Any]) -> bool:
+    _log.error("replica %s of %s holds other weights and is not used", found["id"], found["deployment"])
+    return False
+
+
+def make_pool(name: str, handle: Any, config: LinkConfig, accept: Accept = lambda _: True) -> LinkPool:
+    """Links to all replicas of a deployment whose description `accept` takes."""
     return LinkPool(
         name,
-        discover(handle),
+        discover(handle, accept),
         config.secret.encode(),
         node_id(),
         config.limits,

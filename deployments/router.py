@@ -12,12 +12,14 @@ import torch
 from ..runtime.experts.client import RemoteGroup
 from ..runtime.links import LinkPool, LinkServer
 from ..runtime.loop_thread import LoopThread
+from ..runtime.model.checkpoint import Checkpoint
 from ..runtime.model.loading import load_trunk
 from ..runtime.router.limits import RouterLimits
 from ..runtime.router.router import Router
 from ..runtime.router.server import RouterHandler
 from ..runtime.routing.dispatch import Dispatcher
 from ..runtime.routing.plan import Placement
+from .autoscaling import LoadMeter
 from .replica import LinkConfig, choose_device, identity, listen, make_pool
 from .settings import BatchSettings
 
@@ -45,12 +47,17 @@ class RouterReplica:
         self._config = config
         self._device = choose_device(config.device)
         self._trunk = load_trunk(Path(config.folder), config.name, config.dtype, self._device)
+        self._fingerprint = Checkpoint(config.folder).fingerprint()
+        self._load = LoadMeter()
         self._thread = LoopThread("router")
         self._thread.run(self._start(links, group_handles), _START_TIMEOUT_S)
 
     async def _start(self, links: LinkConfig, group_handles: list[Any]) -> None:
         names = [name for name, _ in self._config.groups]
-        self._pools = [make_pool(name, handle, links) for name, handle in zip(names, group_handles, strict=True)]
+        self._pools = [
+            make_pool(name, handle, links, self._holds_our_weights)
+            for name, handle in zip(names, group_handles, strict=True)
+        ]
         await asyncio.gather(*(pool.start() for pool in self._pools))
         placement = Placement([experts for _, experts in self._config.groups])
         dispatcher = Dispatcher(placement, [RemoteGroup(pool) for pool in self._pools])
@@ -62,6 +69,10 @@ class RouterReplica:
         # Its queue bounds what it accepts: a gateway needs no credits.
         self._server: LinkServer = await listen(links, RouterHandler(self._router), links.limits, None, "router")
 
+    def _holds_our_weights(self, found: dict[str, Any]) -> bool:
+        """A replica that read another checkpoint would answer, and wrongly."""
+        return bool(found["fingerprint"] == self._fingerprint)
+
     def describe(self) -> dict[str, Any]:
         """For discovery and the status page; called by broadcast."""
         return {
@@ -71,6 +82,10 @@ class RouterReplica:
             "groups": [_describe_pool(pool) for pool in self._pools],
             "statistics": self._router.statistics(),
         }
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """The share of time spent in steps; called by Serve when the deployment scales by itself."""
+        return self._load.read(self._router.busy_s())
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Live settings: `batching`, as in the application's settings."""

@@ -196,14 +196,18 @@ async def test_a_reader_that_falls_behind_loses_its_stream_and_stops_nobody() ->
     limits = LinkLimits(max_stream_items=4)
     async with linked(lambda call: handlers[call.method](call), limits=limits) as (server, client):
         slow = client.stream("count", {}, [], TIMEOUT_S)
-        seen = [(await anext(slow)).meta["n"]]
+        seen: list[int] = []
+
+        async def read_on() -> None:
+            async for item in slow:
+                seen.append(item.meta["n"])
+
+        seen.append((await anext(slow)).meta["n"])
         await eventually(lambda: client.in_flight == 0)  # it overflowed while nobody read
         assert (await client.call("echo", {"x": 2}, [], TIMEOUT_S)).meta["x"] == 2
         with pytest.raises(OverloadedError, match="too far behind"):
-            async for item in slow:
-                seen.append(item.meta["n"])
-        assert seen == list(range(len(seen)))
-        assert 4 <= len(seen) <= 5
+            await read_on()
+        assert seen in (list(range(4)), list(range(5)))  # four waited, besides one that was read perhaps
         await eventually(lambda: server.statistics().streams == 0)
 
 
@@ -271,13 +275,13 @@ async def test_the_server_keeps_the_deadline_of_a_silent_client(streams: bool) -
 
 async def test_a_stream_that_is_read_slowly_does_not_have_its_reader_cancelled() -> None:
     async with linked(counting(2)) as (_, client):
-        items = client.stream("m", {}, [], 0.5)
+        loop = asyncio.get_running_loop()
+        end = loop.time() + 0.2
+        items = client.stream("m", {}, [], 0.2)
         assert (await anext(items)).meta["n"] == 0
-        assert asyncio.current_task() is not None
-        with contextlib.suppress(TimeoutError):  # the stream's time ends while the reader is at work elsewhere
-            async with asyncio.timeout(0.6):
-                await asyncio.Event().wait()
-        assert (await anext(items)).meta["n"] == 1  # it had arrived in time
+        await eventually(lambda: client.in_flight == 0)  # all has arrived
+        await eventually(lambda: loop.time() > end)  # its time ends while the reader is at work elsewhere
+        assert (await anext(items)).meta["n"] == 1
         await items.aclose()
 
 
@@ -349,11 +353,10 @@ def failing(error: Exception, kind: str) -> Callable[[Call], Any]:
 )
 async def test_errors_arrive_as_they_were_raised(kind: str, error: PimoeError) -> None:
     async with linked(failing(error, kind)) as (server, client):
+        items = collect(client.stream("m", {}, [], TIMEOUT_S))
         with pytest.raises(PimoeError) as raised:
-            if kind == "amid":
-                await collect(client.stream("m", {}, [], TIMEOUT_S))
-            else:
-                await client.call("m", {}, [], TIMEOUT_S)
+            await (items if kind == "amid" else client.call("m", {}, [], TIMEOUT_S))
+        items.close()
         assert type(raised.value) is type(error)
         assert raised.value.to_wire() == error.to_wire()
         assert not client.closed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -50,6 +51,8 @@ class Router:
         self.dtype = torch_dtype(model.dtype)
         self.batcher: Batcher[tuple[int, Tensor], Tensor] = Batcher(self._run_layer, limits.batching, limits.queue)
         self.engine: Engine | None = None
+        self._layer_s = 0.0
+        self._layer_s = 0.0
         if decoder is not None:
             self.engine = Engine(decoder, dispatcher, limits.engine, limits.batching, limits.queue)
 
@@ -113,10 +116,12 @@ class Router:
     async def _run_layer(self, batch: Sequence[tuple[int, Tensor]], deadline: float) -> Sequence[Tensor]:
         layer = batch[0][0]
         sizes = [len(hidden) for _, hidden in batch]
+        started = time.monotonic()
         with torch.inference_mode():
             hidden = batch[0][1] if len(batch) == 1 else torch.cat([hidden for _, hidden in batch])
             routing = self.gates[layer](hidden)
         output = await self.dispatcher.run(layer, hidden, routing, deadline)
+        self._layer_s += time.monotonic() - started
         return torch.split(output, sizes)
 
     def set_batch_limits(self, limits: BatchLimits) -> None:
@@ -125,6 +130,12 @@ class Router:
         self.batcher.limits = limits
         if self.engine is not None:
             self.engine.batch_limits = limits
+
+    def busy_s(self) -> float:
+        """Seconds since start that steps and batches took, less those in which they waited for experts: more
+        routers would not shorten that."""
+        steps_s = self.engine.statistics().step_s if self.engine is not None else 0.0
+        return steps_s + self._layer_s - self.dispatcher.statistics().waiting_s
 
     def statistics(self) -> dict[str, Any]:
         """Everything countable, as plain values."""

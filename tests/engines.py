@@ -1,0 +1,178 @@
+"""Engines on small random checkpoints with their experts in this process, for tests of generation and routers."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pimoe.runtime.batching import BatchLimits, QueueLimits
+from pimoe.runtime.errors import PimoeError
+from pimoe.runtime.experts.client import LocalGroup
+from pimoe.runtime.experts.group import ExpertGroup
+from pimoe.runtime.generation.engine import Engine
+from pimoe.runtime.generation.scheduler import EngineLimits
+from pimoe.runtime.model.checkpoint import Checkpoint
+from pimoe.runtime.model.families import read_spec
+from pimoe.runtime.model.loading import Trunk, load_trunk
+from pimoe.runtime.requests import FinishReason, GenerateRequest, SamplingParams, TokenChunk, TokenLogprob
+from pimoe.runtime.routing.dispatch import Dispatcher
+from pimoe.runtime.routing.plan import ExpertRows, contiguous_placement
+from torch import Tensor
+
+
+class ControlledGroup:
+    """A group in this process that can be held up (`gate`) and made to fail (`failures`, one a call).
+
+    Attributes:
+        waiting: calls that stand at the gate now.
+        slow_to_leave: turns of the loop that a cancelled call takes to end.
+    """
+
+    def __init__(self, group: ExpertGroup) -> None:
+        self.local = LocalGroup(group)
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.failures: list[BaseException] = []
+        self.calls = self.waiting = self.slow_to_leave = 0
+
+    async def run(self, layer: int, rows: ExpertRows, deadline: float) -> Tensor:
+        """See `GroupBackend`."""
+        self.calls += 1
+        if self.failures:
+            raise self.failures.pop(0)
+        self.waiting += 1
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            for _ in range(self.slow_to_leave):
+                await asyncio.sleep(0)
+            raise
+        finally:
+            self.waiting -= 1
+        return await self.local.run(layer, rows, deadline)
+
+
+@functools.cache
+def _trunk(folder: Path) -> Trunk:
+    return load_trunk(folder)
+
+
+@functools.cache
+def _groups(folder: Path, count: int) -> list[ExpertGroup]:
+    checkpoint = Checkpoint(folder)
+    spec = read_spec(checkpoint).experts
+    placement = contiguous_placement(spec.num_experts, count)
+    return [ExpertGroup.load(checkpoint, spec, experts, torch.float32) for experts in placement.groups]
+
+
+def controlled_dispatcher(folder: Path, groups: int) -> Dispatcher:
+    """A dispatcher to `ControlledGroup`s, its `groups`."""
+    held = _groups(folder, groups)
+    return Dispatcher(
+        contiguous_placement(sum(len(group.experts) for group in held), groups), [ControlledGroup(g) for g in held]
+    )
+
+
+def controlled(engine: Engine) -> list[Any]:
+    """The engine's groups."""
+    return list(engine.dispatcher.groups)
+
+
+def make_engine(
+    folder: Path,
+    *,
+    groups: int = 1,
+    clock: Callable[[], float] = time.monotonic,
+    queue: QueueLimits | None = None,
+    eos: Sequence[int] = (),
+    **limits: Any,
+) -> Engine:
+    """An engine that is not started yet; `limits` are fields of `EngineLimits`."""
+    trunk = _trunk(folder)
+    assert trunk.decoder is not None
+    decoder = trunk.decoder
+    if eos:
+        decoder = load_trunk(folder).decoder or decoder
+        decoder.spec = dataclasses.replace(decoder.spec, eos_token_ids=tuple(eos))
+    return Engine(
+        decoder,
+        controlled_dispatcher(folder, groups),
+        EngineLimits(**{"drain_s": 0.0, **limits}),
+        BatchLimits(),
+        queue or QueueLimits(),
+        clock,
+    )
+
+
+@dataclass
+class Answer:
+    """Everything that came of a request. `tokens` grows while it runs."""
+
+    tokens: list[int] = field(default_factory=list)
+    chunks: list[TokenChunk] = field(default_factory=list)
+    reason: FinishReason | None = None
+    error: PimoeError | None = None
+
+    @property
+    def logprobs(self) -> list[TokenLogprob]:
+        """Of all tokens."""
+        return [item for chunk in self.chunks for item in chunk.logprobs or ()]
+
+
+async def read(chunks: AsyncGenerator[TokenChunk, None], answer: Answer | None = None) -> Answer:
+    """Reads a generation to its end; errors of pimoe end up in the answer."""
+    answer = answer or Answer()
+    try:
+        async for chunk in chunks:
+            assert answer.reason is None, "a chunk after the last one"
+            answer.chunks.append(chunk)
+            answer.tokens += chunk.token_ids
+            answer.reason = chunk.finish_reason
+    except PimoeError as error:
+        answer.error = error
+    assert (answer.reason is None) == (answer.error is not None), "neither a finish reason nor an error"
+    return answer
+
+
+def request(
+    prompt: Sequence[int],
+    max_tokens: int = 8,
+    *,
+    priority: float = 0.5,
+    timeout_s: float = 60.0,
+    emitted: Sequence[int] = (),
+    **sampling: Any,
+) -> GenerateRequest:
+    """A request; greedy unless told otherwise."""
+    params = SamplingParams(**{"max_tokens": max_tokens, "temperature": 0.0, **sampling})
+    return GenerateRequest("r", tuple(prompt), params, priority, timeout_s, tuple(emitted))
+
+
+def prompt_of(length: int, seed: int = 0, vocab: int = 96) -> tuple[int, ...]:
+    """A random prompt."""
+    generator = torch.Generator().manual_seed(1000 * seed + length)
+    return tuple(torch.randint(vocab, (length,), generator=generator).tolist())
+
+
+async def alone(folder: Path, asked: GenerateRequest, **options: Any) -> Answer:
+    """The request's answer in an engine that nobody else uses."""
+    engine = make_engine(folder, **options)
+    engine.start()
+    try:
+        return await read(engine.generate(dataclasses.replace(asked, priority=0.5, timeout_s=60.0)))
+    finally:
+        await engine.close()
+
+
+def at_rest(engine: Engine) -> bool:
+    """Whether nothing runs, nothing waits, and every slot of the cache is free."""
+    statistics = engine.statistics()
+    free = engine.cache.free_slots == engine.limits.max_sequences
+    return not statistics.running and not statistics.queue.items and free
