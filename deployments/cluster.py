@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..runtime.errors import ConfigurationError, InsufficientResourcesError, PimoeError, UnavailableError
-from .processes import ignore_signals, interruptible
+from .processes import ignore_signals
 from .settings import AppSettings
 
 APP_NAME = "pimoe"
@@ -201,15 +201,14 @@ class LocalCluster:
 
 @contextlib.contextmanager
 def owned_cluster(host: str, port: int, progress: Callable[[str], None]) -> Iterator[LocalCluster]:
-    """A local cluster for a command line, below `supervise`: SIGINT and SIGTERM stop it at any moment."""
+    """A local cluster for a command line, below `supervise`."""
     cluster = LocalCluster(host, port)
-    with interruptible():
-        try:
-            yield cluster
-        finally:
-            ignore_signals()
-            progress("stopping")
-            cluster.stop()
+    try:
+        yield cluster
+    finally:
+        ignore_signals()  # an impatient second Ctrl-C must not cut the clean-up short
+        progress("stopping")
+        cluster.stop()
 
 
 # Access logs cost a fifth of the requests/s, and pimoe has metrics of its own.

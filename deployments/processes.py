@@ -8,11 +8,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FrameType
 
 _PR_SET_CHILD_SUBREAPER = 36
 _STOP_TIMEOUT_S = 60.0
+_REMIND_S = 2.0
 
 
 def adopt_orphans() -> None:
@@ -23,7 +24,8 @@ def adopt_orphans() -> None:
 
 
 def supervise(work: Callable[[], int]) -> int:
-    """Run `work` in a child process, pass signals on to it, and end whatever of it is left when it has ended.
+    """Run `work` in a child process, turn SIGINT and SIGTERM into `KeyboardInterrupt` there, and end whatever of it is
+    left when it has ended.
 
     Interrupting Ray in the middle of its start can crash the process that it happens to; this one has no Ray in
     it, so it is always there to clean up. Call it before anything starts threads.
@@ -37,13 +39,11 @@ def supervise(work: Callable[[], int]) -> int:
         os._exit(_flushed(work))
     interrupted_at: list[float] = []
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
+    def remember(number: int, frame: FrameType | None) -> None:
         interrupted_at.append(time.monotonic())
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, signal.SIGINT)
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, pass_on)
+        signal.signal(number, remember)
     code = _wait(child, interrupted_at)
     ignore_signals()
     end_descendants()
@@ -59,31 +59,19 @@ def _flushed(work: Callable[[], int]) -> int:
 
 
 def _wait(child: int, interrupted_at: list[float]) -> int:
-    """The child's exit code; killed when it does not end in time after an interruption."""
+    """The child's exit code. Once interrupted, it is too; again and again, since an exception that comes up inside
+    some library's callback is lost; and killed when it does not end in time."""
+    sent_at = 0.0
     while True:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
             return os.waitstatus_to_exitcode(status)
-        if interrupted_at and time.monotonic() > interrupted_at[0] + _STOP_TIMEOUT_S:
-            os.kill(child, signal.SIGKILL)
+        now = time.monotonic()
+        if interrupted_at and now > sent_at + _REMIND_S:
+            sent_at = now
+            is_late = now > interrupted_at[0] + _STOP_TIMEOUT_S
+            os.kill(child, signal.SIGKILL if is_late else signal.SIGINT)
         time.sleep(0.02)
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """SIGINT and SIGTERM raise `KeyboardInterrupt` in here, once; while that is handled, further ones are ignored:
-    an impatient second Ctrl-C must not cut the clean-up short."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        ignore_signals()
-        raise KeyboardInterrupt
-
-    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def ignore_signals() -> None:

@@ -6,16 +6,27 @@ import asyncio
 import json
 import os
 import signal
+import time
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openai
 import pytest
+import torch
 import tritonclient.http as triton
-from pimoe.clients import AsyncClient, Client
+from pimoe.clients import AsyncClient, Client, InvalidRequestError
+from pimoe.deployments.app import build
+from pimoe.deployments.cli import in_process_answer
 from pimoe.deployments.cluster import LocalCluster
-from pimoe.runtime.embedded import SKILLS, held_out, is_exact
+from pimoe.runtime.embedded import CHECKPOINT, SKILLS, held_out, is_exact
+from pimoe.runtime.embedded.evaluate import evaluate
+from pimoe.runtime.local import LocalRuntime
+from pimoe.runtime.model.layer_model import write_layer_model
+from pimoe.runtime.model.tokenizer import Tokenizer
+from prometheus_client.parser import text_string_to_metric_families
+from ray import serve
 
 PROMPT = "reverse: planet\n"
 
@@ -108,14 +119,60 @@ def test_tritonclient(application: LocalCluster, client: Client, binary: bool) -
 
 
 def test_metrics_are_prometheus_text(application: LocalCluster, client: Client) -> None:
-    from prometheus_client.parser import text_string_to_metric_families
-
     client.generate(PROMPT, max_tokens=8, temperature=0, cache=False)
     with urllib.request.urlopen(f"{application.url}/metrics") as response:
         families = {f.name: f for f in text_string_to_metric_families(response.read().decode())}
     assert sum(sample.value for sample in families["pimoe_expert_tokens"].samples) > 0
     assert {s.labels["group"] for s in families["pimoe_group_rows"].samples} == {"group-0", "group-1"}
     assert any(s.value > 0 for s in families["pimoe_requests"].samples)
+
+
+def test_a_second_application_with_experts_of_the_users_own(application: LocalCluster, tmp_path: Path) -> None:
+    """A layer model whose experts are modules by import path, in two groups, under a prefix of its own."""
+    torch.manual_seed(0)
+    modules = [torch.nn.Linear(16, 16) for _ in range(4)]
+    gate = torch.randn(4, 16)
+    options = {"expert_class": "torch.nn:Linear", "expert_kwargs": {"in_features": 16, "out_features": 16}}
+    folder = write_layer_model(tmp_path / "my-layer", gate, modules, top_k=2, **options)
+    share = {"num_cpus": 0.1}
+    settings = {"model": str(folder), "group_defaults": share, "router": share, "gateway": share}
+    serve.run(build({**settings, "links": {"transport": "unix"}}), name="layer", route_prefix="/layer")
+    hidden = torch.randn(7, 16)
+    try:
+        with Client(f"{application.url}/layer") as client:
+            _wait_ready(client)
+            output = client.infer(hidden.numpy())
+            with pytest.raises(InvalidRequestError, match="one layer"):
+                client.generate([1, 2, 3])
+    finally:
+        serve.delete("layer")
+    np.testing.assert_allclose(output, _layer_reference(hidden, gate, modules), atol=1e-5)
+
+
+def _wait_ready(client: Client) -> None:
+    until = time.monotonic() + 30
+    while not client.health().ready:
+        assert time.monotonic() < until, "not ready"
+        time.sleep(0.05)
+
+
+def _layer_reference(hidden: torch.Tensor, gate: torch.Tensor, modules: list[torch.nn.Linear]) -> Any:
+    weights, chosen = torch.softmax(hidden @ gate.T, dim=-1).topk(2)
+    weights = weights / weights.sum(dim=-1, keepdim=True)
+    with torch.inference_mode():
+        everything = torch.stack([module(hidden) for module in modules], dim=1)
+        picked = everything.gather(1, chosen[:, :, None].expand(-1, -1, 16))
+        return (picked * weights[:, :, None]).sum(dim=1).numpy()
+
+
+async def test_accuracy_is_the_same_served_and_in_process(application: LocalCluster) -> None:
+    tokenizer = Tokenizer.load(CHECKPOINT)
+    async with AsyncClient(application.url) as client, await LocalRuntime.start(CHECKPOINT, 2) as runtime:
+
+        async def served(prompt: str) -> str:
+            return (await client.generate(prompt, max_tokens=64, temperature=0, cache=False)).text
+
+        assert await evaluate(served, 20) == await evaluate(in_process_answer(runtime, tokenizer), 20)
 
 
 async def _ask_all(url: str, prompts: list[str]) -> list[tuple[int, ...]]:
@@ -174,8 +231,6 @@ async def test_requests_survive_the_death_of_the_router(application: LocalCluste
 
 def test_user_config_changes_limits_without_a_restart(application: LocalCluster, client: Client) -> None:
     """Through Serve's own interface for live settings, as a redeployed config does."""
-    from ray import serve
-
     before = client.status()
     handle = serve.get_deployment_handle("gateway", "pimoe")
     handle.broadcast("reconfigure", {"cache": {"max_bytes": 1_000_000}}).results(timeout_s=10)

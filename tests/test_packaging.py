@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
+import subprocess
 import tomllib
+import venv
 from importlib.metadata import distribution
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -47,6 +52,31 @@ def test_every_direct_dependency_is_pinned() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = {name(line) for line in lines if line and not line.startswith("#")}
     assert wanted <= pinned, wanted - pinned
+
+
+def test_the_light_client_installs_without_torch_and_ray(tmp_path: Path) -> None:
+    """Into an empty environment, as a user who only calls a server does."""
+    venv.create(tmp_path / "env", with_pip=True)
+    python = str(tmp_path / "env" / "bin" / "python")
+    source = tmp_path / "source"  # building leaves files behind
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__"))
+    install = [python, "-m", "pip", "install", "--quiet", str(source), "-c", str(ROOT / "constraints.txt")]
+    installed = subprocess.run(install, capture_output=True, text=True, timeout=300)
+    if "No matching distribution found for setuptools" in installed.stderr or "NewConnection" in installed.stderr:
+        pytest.skip(f"no package index can be reached: {installed.stderr[-200:]}")
+    assert installed.returncode == 0, installed.stderr
+    check = (
+        "from importlib.metadata import distributions as d; from pimoe.clients import AsyncClient, Client; "
+        "print(*sorted(x.name.lower() for x in d()))"
+    )
+    names = subprocess.run(
+        [python, "-c", check], capture_output=True, text=True, check=True, cwd=tmp_path
+    ).stdout.split()
+    assert {"pimoe", "aiohttp", "msgpack", "numpy"} <= set(names)
+    assert not {"torch", "ray", "starlette", "pydantic"} & set(names)
+    command = subprocess.run([str(Path(python).parent / "pimoe"), "status"], capture_output=True, text=True)
+    assert command.returncode == 1
+    assert "pimoe[server]" in command.stderr
 
 
 def test_embedded_model_is_in_the_package() -> None:

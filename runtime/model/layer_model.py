@@ -84,9 +84,9 @@ def write_layer_model(
         import_expert_class(path)
         config |= {"expert_class": path, "expert_kwargs": dict(expert_kwargs or {})}
     tensors = {f"experts.{i}.{name}": tensor for i, state in enumerate(states) for name, tensor in state.items()}
-    path = Path(folder)
-    _write(path, config, {"gate.weight": gate, **tensors})
-    return path
+    written = Path(folder)
+    _write(written, config, {"gate.weight": gate, **tensors})
+    return written
 
 
 def load_gate(
