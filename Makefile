@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find runtime deployments clients -type f -not -name '*.pyc' 2>/dev/null)
-PACKAGES := -p pimoe.runtime -p pimoe.deployments -p pimoe.clients
+PACKAGES := runtime deployments clients
 
 # pip says nothing for a minute while it fetches torch: let its own progress show.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -51,10 +51,11 @@ test: install  ## Run the tests against the installed package
 check: install .types/pimoe  ## Lint, types and layers
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@MYPYPATH=.types $(BIN)/mypy $(PACKAGES)
+	@MYPYPATH=.types $(BIN)/mypy $(addprefix .types/pimoe/,$(PACKAGES))
 	@$(BIN)/python -m pytest -q tests/test_layers.py tests/test_packaging.py
 
-# mypy reads the packages under their import names through this link.
+# mypy reads the packages under their import names through this link; given as files, since `-p` would find the
+# installed copy instead.
 .types/pimoe:
 	@mkdir -p .types && ln -sfn .. $@
 

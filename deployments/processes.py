@@ -24,7 +24,7 @@ def adopt_orphans() -> None:
 
 
 def supervise(work: Callable[[], int]) -> int:
-    """Run `work` in a child process, turn SIGINT and SIGTERM into `KeyboardInterrupt` there, and end whatever of it is
+    """Run `work` in a child process, turn signals into `KeyboardInterrupt` there, and end whatever of it is
     left when it has ended.
 
     Interrupting Ray in the middle of its start can crash the process that it happens to; this one has no Ray in

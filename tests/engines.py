@@ -26,6 +26,9 @@ from pimoe.runtime.routing.dispatch import Dispatcher
 from pimoe.runtime.routing.plan import ExpertRows, contiguous_placement
 from torch import Tensor
 
+# Models this small gain nothing from a second thread, and on a busy machine they lose twentyfold by it.
+torch.set_num_threads(1)
+
 
 class ControlledGroup:
     """A group in this process that can be held up (`gate`) and made to fail (`failures`, one a call).

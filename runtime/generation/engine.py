@@ -274,7 +274,7 @@ class Engine:
         sampling = [item.generation for item in items if item.samples]
         for item in items:
             item.generation.computed += item.count
-            if item.count == 1 and item.samples:
+            if item.count == 1 and item.generation.generated:
                 self._decode_tokens += 1
             else:
                 self._prefill_tokens += item.count

@@ -75,15 +75,15 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class StepItem:
-    """`count` tokens of a sequence to be computed in this step."""
+    """`count` tokens of a sequence to be computed in this step.
+
+    Attributes:
+        samples: whether the step reaches the sequence's last token, and so chooses the next one.
+    """
 
     generation: Generation
     count: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether the step reaches the sequence's last token, and so chooses the next one."""
-        return self.count == self.generation.pending
+    samples: bool
 
 
 def plan_step(running: Sequence[Generation], max_step_tokens: int) -> list[StepItem]:
@@ -91,12 +91,13 @@ def plan_step(running: Sequence[Generation], max_step_tokens: int) -> list[StepI
     items = []
     budget = max_step_tokens
     for sequence in running:
-        if sequence.pending == 1:
-            items.append(StepItem(sequence, 1))
+        pending = sequence.pending
+        if pending == 1:
+            items.append(StepItem(sequence, 1, samples=True))
         elif budget > 0:
-            count = min(sequence.pending, budget)
+            count = min(pending, budget)
             budget -= count
-            items.append(StepItem(sequence, count))
+            items.append(StepItem(sequence, count, samples=count == pending))
     return items
 
 
