@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-_PATIENCE_S = 20.0  # only ever spent by a test that fails
+_PATIENCE_S = 10.0  # only ever spent by a test that fails
 
 
 async def eventually(condition: Callable[[], object]) -> None:
