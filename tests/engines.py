@@ -22,6 +22,8 @@ from pimoe.runtime.model.checkpoint import Checkpoint
 from pimoe.runtime.model.families import read_spec
 from pimoe.runtime.model.loading import Trunk, load_trunk
 from pimoe.runtime.requests import FinishReason, GenerateRequest, SamplingParams, TokenChunk, TokenLogprob
+from pimoe.runtime.router.limits import RouterLimits
+from pimoe.runtime.router.router import Router
 from pimoe.runtime.routing.dispatch import Dispatcher
 from pimoe.runtime.routing.plan import ExpertRows, contiguous_placement
 from torch import Tensor
@@ -83,9 +85,9 @@ def controlled_dispatcher(folder: Path, groups: int) -> Dispatcher:
     )
 
 
-def controlled(engine: Engine) -> list[Any]:
-    """The engine's groups."""
-    return list(engine.dispatcher.groups)
+def controlled(owner: Engine | Router) -> list[Any]:
+    """The groups of an engine or router."""
+    return list(owner.dispatcher.groups)
 
 
 def make_engine(
@@ -156,6 +158,13 @@ def request(
     """A request; greedy unless told otherwise."""
     params = SamplingParams(**{"max_tokens": max_tokens, "temperature": 0.0, **sampling})
     return GenerateRequest("r", tuple(prompt), params, priority, timeout_s, tuple(emitted))
+
+
+def make_router(folder: Path, *, groups: int = 1, limits: RouterLimits | None = None) -> Router:
+    """A router that is not started yet, for a decoder or a layer model, with `ControlledGroup`s."""
+    trunk = _trunk(folder)
+    limits = limits or RouterLimits(engine=EngineLimits(drain_s=0.0))
+    return Router(trunk.info, trunk.gates, controlled_dispatcher(folder, groups), trunk.decoder, limits)
 
 
 def prompt_of(length: int, seed: int = 0, vocab: int = 96) -> tuple[int, ...]:

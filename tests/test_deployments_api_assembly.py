@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from pimoe.deployments.api import wire
 from pimoe.deployments.api.assembly import Assembler, Piece, TextRules, first_stop, held_back, pieces
 from pimoe.runtime.errors import InvalidTensorError
-from pimoe.runtime.requests import TokenChunk
+from pimoe.runtime.numerics import all_finite
+from pimoe.runtime.requests import TensorData, TokenChunk
 
 
 def assemble(ids: list[int], sizes: list[int], rules: TextRules, reason: Any = "length") -> list[Piece]:
@@ -181,7 +182,8 @@ def test_finite_means_no_nan_and_no_inf(data: bytes, datatype: str) -> None:
     dtype: Any = ml_dtypes.bfloat16 if datatype == "BF16" else kind.numpy
     with np.errstate(invalid="ignore"):  # casting a signalling NaN
         values = np.frombuffer(data, dtype).astype(np.float64)
-    assert wire.is_finite(kind, np.frombuffer(data, kind.numpy)) == all(map(math.isfinite, values))
+    tensor = TensorData(kind.name, (1, len(values)), data)
+    assert all_finite(tensor) == all(map(math.isfinite, values))
 
 
 def test_bytes_are_not_copied() -> None:

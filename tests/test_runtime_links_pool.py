@@ -524,6 +524,23 @@ async def test_changes_are_told(cluster: Cluster) -> None:
         await within_patience(told.wait())
 
 
+async def test_an_observer_that_raises_harms_nobody(cluster: Cluster) -> None:
+    complaints: list[Any] = []
+    loop = asyncio.get_running_loop()
+    watch = loop._exception_handler  # type: ignore[attr-defined]
+    loop.set_exception_handler(lambda _, context: complaints.append(context["exception"]))
+    async with pooled(cluster) as pool:
+        pool.on_change = lambda: 1 / 0  # type: ignore[assignment, return-value]
+        await cluster.add("a")
+        assert await ask(pool) == "a"
+        rounds = cluster.rounds
+        await eventually(lambda: cluster.rounds > rounds + 2)
+    await eventually(lambda: complaints)
+    assert {type(error) for error in complaints} == {ZeroDivisionError}
+    await asyncio.sleep(0)
+    loop.set_exception_handler(watch)
+
+
 @pytest.mark.parametrize("seed", range(3))
 async def test_every_call_has_one_outcome_while_replicas_come_and_go(cluster: Cluster, seed: int) -> None:
     chance = random.Random(seed)

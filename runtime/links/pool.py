@@ -221,7 +221,7 @@ class LinkPool:
 
     def _notify(self) -> None:
         self._changed.set()
-        self.on_change()
+        asyncio.get_running_loop().call_soon(self.on_change)  # what it raises must not reach calls or discovery
 
     async def _keep_refreshing(self) -> None:
         while True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import replace
@@ -17,6 +18,8 @@ from ..errors import (
 from ..links import LinkPool
 from ..requests import GenerateRequest, InferRequest, InferResult, ModelInfo, TokenChunk
 from .server import GENERATE, INFER
+
+_log = logging.getLogger(__name__)
 
 
 class RouterClient:
@@ -52,12 +55,7 @@ class RouterClient:
         """See `Backend`."""
         meta = {"id": request.request_id, "layer": request.layer, "priority": request.priority}
         deadline = time.monotonic() + request.timeout_s
-        while True:
-            try:
-                reply = await self.pool.call(INFER, meta, [request.hidden_states], deadline)
-                break
-            except RequestCancelledError:  # not by us: that router is shutting down, and takes no new calls
-                self.pool.resent += 1
+        reply = await self.pool.call(INFER, meta, [request.hidden_states], deadline)
         if len(reply.tensors) != 1:
             raise LinkProtocolError(f"a router answered with {len(reply.tensors)} tensors instead of 1")
         return InferResult(reply.tensors[0])
@@ -82,8 +80,12 @@ class RouterClient:
                             yield chunk
                             if chunk.finish_reason is not None:
                                 return
-                    raise LinkProtocolError("a router ended a stream without a finish reason")
-                except (LinkError, RequestCancelledError):  # cancelled not by us: the router is shutting down
-                    self.pool.resent += 1
+                    _log.error("%s ended a stream without a finish reason", link.endpoint.replica_id)
                     self.pool.forget(link)
-                    await link.client.close()
+                except LinkError:
+                    if not link.client.closed:
+                        raise  # of a link behind the router
+                except (UnavailableError, RequestCancelledError):
+                    if not link.client.draining:
+                        raise
+                self.pool.resent += 1

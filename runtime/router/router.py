@@ -52,7 +52,6 @@ class Router:
         self.batcher: Batcher[tuple[int, Tensor], Tensor] = Batcher(self._run_layer, limits.batching, limits.queue)
         self.engine: Engine | None = None
         self._layer_s = 0.0
-        self._layer_s = 0.0
         if decoder is not None:
             self.engine = Engine(decoder, dispatcher, limits.engine, limits.batching, limits.queue)
 
