@@ -36,6 +36,7 @@ class ControlledGroup:
     """A group in this process that can be held up (`gate`) and made to fail (`failures`, one a call).
 
     Attributes:
+        layers: of all calls, in order.
         waiting: calls that stand at the gate now.
         slow_to_leave: turns of the loop that a cancelled call takes to end.
     """
@@ -45,11 +46,12 @@ class ControlledGroup:
         self.gate = asyncio.Event()
         self.gate.set()
         self.failures: list[BaseException] = []
-        self.calls = self.waiting = self.slow_to_leave = 0
+        self.layers: list[int] = []
+        self.waiting = self.slow_to_leave = 0
 
     async def run(self, layer: int, rows: ExpertRows, deadline: float) -> Tensor:
         """See `GroupBackend`."""
-        self.calls += 1
+        self.layers.append(layer)
         if self.failures:
             raise self.failures.pop(0)
         self.waiting += 1

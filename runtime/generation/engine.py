@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import NamedTuple
@@ -29,6 +30,8 @@ from ..requests import FinishReason, GenerateRequest, TokenChunk, TokenLogprob
 from ..routing.dispatch import Dispatcher
 from .sampler import sample
 from .scheduler import EngineLimits, Generation, StepItem, can_admit, plan_step
+
+_log = logging.getLogger(__name__)
 
 
 class EngineStatistics(NamedTuple):
@@ -224,10 +227,12 @@ class Engine:
         except asyncio.CancelledError:
             if (task := asyncio.current_task()) is not None and task.cancelling():
                 raise  # the engine is being closed, not just this step abandoned
-            self._fail([item.generation for item in items], PimoeError("step failed: it was cancelled"))
+            self._fail([item.generation for item in items], PimoeError("the step failed: it was cancelled"))
         except Exception as error:  # a model's failure is its sequences' outcome
-            failure = error if isinstance(error, PimoeError) else PimoeError(f"step failed: {error!r}")
-            self._fail([item.generation for item in items], failure)
+            if not isinstance(error, PimoeError):
+                _log.error("a step failed", exc_info=error)
+                error = PimoeError(f"the step failed: {type(error).__name__}")
+            self._fail([item.generation for item in items], error)
         self._steps += 1
         self._step_s += self._clock() - started
         await asyncio.sleep(0)  # let chunks out and requests in, also when no expert had to be waited for
