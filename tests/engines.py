@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import gc
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ from torch import Tensor
 
 # Models this small gain nothing from a second thread, and on a busy machine they lose twentyfold by it.
 torch.set_num_threads(1)
+# `nothing_left_behind` collects garbage after every test: it need not look through all of torch and transformers.
+gc.freeze()
 
 
 class ControlledGroup:

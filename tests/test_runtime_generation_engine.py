@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,11 +47,8 @@ class Clock:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = make_checkpoint("qwen3_moe", tmp_path_factory.mktemp("qwen3"), num_hidden_layers=2)
-    gc.freeze()  # `nothing_left_behind` collects after every test: not all of transformers, please
-    yield folder
-    gc.unfreeze()
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint("qwen3_moe", tmp_path_factory.mktemp("qwen3"), num_hidden_layers=2)
 
 
 StartEngine = Callable[..., Engine]

@@ -78,8 +78,6 @@ class LinkClient:
             async with asyncio.timeout(client._limits.handshake_timeout_s):
                 await client._open(ssl)
                 await client._welcomed
-            if client.closed:  # between the welcome and now
-                raise LinkClosedError(f"{address} hung up")
         except BaseException as error:
             client._connection.abort()
             if isinstance(error, OSError | TimeoutError):
