@@ -35,17 +35,13 @@ def haproxy_is_installed() -> bool:
 
 
 def serve_flags(folder: str, max_timeout_s: float) -> dict[str, str]:
-    """The environment for a local cluster; what is set already wins.
+    """The environment for a local cluster.
 
     Args:
         folder: for sockets and HAProxy's files, so that two applications on one machine do not share them.
         max_timeout_s: the longest request: HAProxy must not give up before.
     """
-    flags = {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1" if haproxy_is_installed() else "0",
-        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-        "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(int(max_timeout_s) + 30),
-        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(int(max_timeout_s) + 30),
+    own = {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
         "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/metrics.sock",
@@ -53,14 +49,20 @@ def serve_flags(folder: str, max_timeout_s: float) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "PIMOE_SOCKET_FOLDER": folder,
+    }
+    tuning = {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1" if haproxy_is_installed() else "0",
+        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(int(max_timeout_s) + 30),
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(int(max_timeout_s) + 30),
         # Stopping waits this long for balancers to notice; on one machine there are none.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
-        "PIMOE_SOCKET_FOLDER": folder,
-        "RAY_DEDUP_LOGS": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
-    return {name: os.environ.get(name, value) for name, value in flags.items()}
+    # A user's own tuning wins; files and ports never come from the environment of another cluster's process.
+    return {**{name: os.environ.get(name, value) for name, value in tuning.items()}, **own}
 
 
 def free_port() -> int:
@@ -155,15 +157,15 @@ class LocalCluster:
 
         from .app import build
 
-        progress("starting Ray Serve")
+        application = build(settings)
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         self._serve_started = True
-        serve.start(http_options=HTTPOptions(host=self.host, port=self.port), logging_config=_QUIET)
-        progress(f"starting the gateway, the router and {len(settings.group_settings())} expert groups")
-        application = build(settings)
         try:
+            progress("starting Ray Serve")
+            serve.start(http_options=HTTPOptions(host=self.host, port=self.port), logging_config=_QUIET)
+            progress(f"starting the gateway, the router and {len(settings.group_settings())} expert groups")
             serve.run(application, name=APP_NAME, route_prefix="/", logging_config=_QUIET)
-        except Exception as error:  # Serve wraps whatever a replica raised
+        except Exception as error:  # Serve wraps whatever a replica or its proxy raised
             raise PimoeError(f"the application did not start: {_why_it_failed(error)}") from error
         progress("linking them")
         self._wait_ready()

@@ -70,7 +70,9 @@ def _deploy(path: Path, port: int, dashboard: str) -> str:
         yaml.safe_dump(_load(path, port), file)
         file.flush()
         deploy = [str(Path(sys.executable).parent / "serve"), "deploy", "-a", f"http://{dashboard}", file.name]
-        subprocess.run(deploy, check=True, capture_output=True, timeout=60)
+        done = subprocess.run(deploy, capture_output=True, text=True, timeout=60)
+        if done.returncode:
+            return f"refused: {done.stderr[-2000:]}"
     until = time.monotonic() + 120
     while time.monotonic() < until:
         application = serve.status().applications.get("pimoe")

@@ -404,9 +404,11 @@ async def test_cancelled_items_are_dropped_just_before_they_are_computed() -> No
         results = [b.submit(value) for value in "abc"]
         await settle()
         b.model.finish()
-        await asyncio.sleep(0)
+        while b.batcher.statistics().batches < 2:  # noqa: ASYNC110 (to stop at the very moment)
+            await asyncio.sleep(0)
+        assert len(b.model.batches) == 1  # the second is formed, and not yet begun
         results[1].cancel()
-        await eventually(lambda: len(b.model.batches) == 2)
+        await b.dispatched("x", "ac")
         results[2].cancel()  # while it is computed: its result goes nowhere
         await settle()
         b.model.finish()

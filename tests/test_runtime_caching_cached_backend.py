@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import gc
 import random
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -286,6 +288,18 @@ async def test_a_follower_whose_own_time_is_over_does_not_begin_anew() -> None:
         with pytest.raises(DeadlineExceededError):
             await read(answer)
     assert len(backend.generations) == 1
+
+
+async def test_a_timer_that_fires_early_is_no_reason_to_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, cached = caching()
+    leader = await cached.generate(generation())
+    late = SimpleNamespace(monotonic=lambda: time.monotonic() - 1.0)
+    monkeypatch.setattr("pimoe.runtime.caching.cached_backend.time", late)
+    follower = await cached.generate(generation(timeout_s=TINY_S))
+    with pytest.raises(DeadlineExceededError):
+        await read(follower)
+    assert len(backend.generations) == 1
+    await leader.chunks.aclose()
 
 
 async def test_a_failing_tensor_request_is_computed_again_for_its_followers() -> None:

@@ -23,6 +23,7 @@ from pimoe.runtime.errors import (
 from pimoe.runtime.links import Call, Endpoint, LinkLimits, LinkPool, LinkServer, Reply
 from pimoe.runtime.links.addresses import new_unix_address
 from pimoe.runtime.links.frames import Kind
+from pimoe.runtime.links.pool import MAX_LOST_REPLICAS
 from pimoe.runtime.requests import TensorData
 from waiting import eventually, nothing_left_behind, within_patience
 
@@ -165,7 +166,7 @@ async def test_calls_go_to_the_least_busy(cluster: Cluster) -> None:
 
 async def test_credits_are_respected(cluster: Cluster) -> None:
     replicas = [await cluster.add(name, credits=2, open_gate=False) for name in "ab"]
-    async with pooled(cluster) as pool:
+    async with pooled(cluster, NEVER_S) as pool:
         calls = [asyncio.create_task(ask(pool)) for _ in range(20)]
         await eventually(lambda: [replica.held for replica in replicas] == [2, 2])
         for replica in replicas:
@@ -187,7 +188,7 @@ async def test_without_a_credit_in_time_the_deadline_is_exceeded(cluster: Cluste
 
 async def test_new_credits_wake_who_waits(cluster: Cluster) -> None:
     replica = await cluster.add("a", credits=1, open_gate=False)
-    async with pooled(cluster) as pool:
+    async with pooled(cluster, NEVER_S) as pool:
         calls = [asyncio.create_task(ask(pool)) for _ in range(3)]
         await eventually(lambda: replica.held == 1)
         (peer,) = replica.server._peers
@@ -231,6 +232,20 @@ async def test_work_of_a_dead_replica_is_done_by_its_sibling(cluster: Cluster) -
         await cluster.kill("a")
         assert await asyncio.gather(*calls) == ["b"] * 16
         assert pool.statistics() == (1, 0, 16)
+
+
+async def test_a_call_that_kills_replicas_is_given_up(cluster: Cluster) -> None:
+    doomed = [await cluster.add(str(number), open_gate=False) for number in range(MAX_LOST_REPLICAS + 1)]
+    async with pooled(cluster, NEVER_S) as pool:
+        call = asyncio.create_task(ask(pool))
+        for _ in range(MAX_LOST_REPLICAS):
+            await eventually(lambda: any(replica.held for replica in doomed))
+            (victim,) = [replica for replica in doomed if replica.held]
+            doomed.remove(victim)
+            await cluster.kill(victim.name)
+        with pytest.raises(UnavailableError, match="were lost with this call"):
+            await call
+        assert [replica.held for replica in doomed] == [0]
 
 
 async def test_death_wakes_discovery_and_calls_wait_for_the_successor(cluster: Cluster) -> None:
@@ -349,7 +364,9 @@ async def test_a_replica_that_discovery_leaves_out_finishes_and_is_left(cluster:
         del cluster.replicas["a"]
         await cluster.add("b")
         await eventually(lambda: "b" in pool.links)
+        pool.links["b"].in_flight += 100  # the busier one
         assert [await ask(pool) for _ in range(4)] == ["b"] * 4
+        pool.links["b"].in_flight -= 100
         assert "a" in pool.links
         leaving.gate.set()
         assert await old == "a"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -28,9 +29,17 @@ async def within_patience(awaitable: Any) -> Any:
         return await awaitable
 
 
+@functools.cache
+def leave_modules_to_themselves() -> None:
+    """Looking through all that torch and others defined would be most of a run: leave it out of collections."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 async def nothing_left_behind() -> AsyncIterator[None]:
     """Fails a test after which tasks run on, or asyncio complains (of futures whose exception nobody saw)."""
+    leave_modules_to_themselves()
     complaints: list[dict[str, Any]] = []
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda _, context: complaints.append(context))

@@ -24,6 +24,9 @@ from .messages import Reply
 
 _log = logging.getLogger(__name__)
 
+# A call that kills whoever computes it must not go through all replicas, and again through their successors.
+MAX_LOST_REPLICAS = 4
+
 Discover = Callable[[], Awaitable[Sequence[Endpoint]]]
 
 
@@ -166,11 +169,12 @@ class LinkPool:
         Only for work that may be done twice.
 
         Raises:
-            UnavailableError: no replica lived until the deadline.
+            UnavailableError: no replica lived until the deadline, or too many were lost with the call on them.
             DeadlineExceededError: the time ran out with a replica at work.
             PimoeError: what the handler raised.
         """
         loop = asyncio.get_running_loop()
+        lost = 0
         while True:
             async with self.acquire(deadline) as link:
                 remaining_s = deadline - loop.time()
@@ -181,6 +185,11 @@ class LinkPool:
                     if not link.client.closed:
                         raise  # the handler's, or this end's: the link itself is well
                     _log.warning("%s: replica %s lost (%s)", self.name, link.endpoint.replica_id, error)
+                    lost += 1
+                    if lost == MAX_LOST_REPLICAS:
+                        raise UnavailableError(
+                            f"{self.name}: {lost} replicas were lost with this call on them"
+                        ) from error
                 except (UnavailableError, RequestCancelledError):
                     if not link.client.draining:
                         raise  # it speaks of others behind it
@@ -267,9 +276,7 @@ class LinkPool:
             return
         try:
             client = await LinkClient.connect(address, self._secret, self._limits, self._ssl)
-        except (
-            Exception
-        ) as error:  # an address comes from elsewhere: whatever it leads to is that replica's matter
+        except Exception as error:  # what an odd address leads to is its own replica's matter
             _log.warning("%s: cannot link to replica %s: %s", self.name, endpoint.replica_id, error)
             return
         link = self.links[endpoint.replica_id] = PooledLink(endpoint, client)
