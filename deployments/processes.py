@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from types import FrameType
 
@@ -36,7 +37,7 @@ def supervise(work: Callable[[], int]) -> int:
     adopt_orphans()
     child = os.fork()
     if child == 0:
-        os._exit(_flushed(work))
+        os._exit(_exit_code(work))
     interrupted_at: list[float] = []
 
     def remember(number: int, frame: FrameType | None) -> None:
@@ -50,9 +51,15 @@ def supervise(work: Callable[[], int]) -> int:
     return 130 if interrupted_at else code
 
 
-def _flushed(work: Callable[[], int]) -> int:
+def _exit_code(work: Callable[[], int]) -> int:
+    """What `work` ends with. Nothing may escape: the child would go on with its parent's code."""
     try:
         return work()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

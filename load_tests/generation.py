@@ -31,7 +31,7 @@ from pimoe.runtime.model.spec import DecoderSpec
 from pimoe.runtime.requests import GenerateRequest, SamplingParams
 from random_model import write_random_model
 from report import cores, machine, machine_line, median_quantile, parser, progress, publish, table
-from stand import stand
+from stand import run, stand
 
 GROUPS = 2
 _TIMEOUT_S = 600.0
@@ -287,4 +287,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -13,7 +13,7 @@ from dataclasses import asdict
 import dispatch
 import generation
 from report import machine, machine_line, parser, publish
-from stand import stand
+from stand import run, stand
 
 
 def main() -> None:
@@ -39,4 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from pimoe.clients import Client
 from pimoe.deployments.cluster import APP_NAME, LocalCluster, free_port, owned_cluster
 from pimoe.deployments.local_settings import local_settings
+from pimoe.deployments.processes import supervise
 from pimoe.deployments.settings import AppSettings
 from pimoe.runtime.errors import PimoeError
 from report import progress
@@ -57,11 +59,23 @@ class Stand:
 
 @contextmanager
 def stand() -> Iterator[Stand]:
-    """A stand for the block. Interrupts, and errors of pimoe's own, end the script with one line."""
-    try:
-        with owned_cluster("127.0.0.1", free_port(), progress) as cluster:
-            yield Stand(cluster)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except PimoeError as error:
-        sys.exit(f"error [{error.code}] {error}")
+    """A stand for the block."""
+    with owned_cluster("127.0.0.1", free_port(), progress) as cluster:
+        yield Stand(cluster)
+
+
+def run(script: Callable[[], None]) -> NoReturn:
+    """Run a script that has a stand, so that nothing of it is left however it ends. Interrupts, and errors of
+    pimoe's own, end it with one line."""
+
+    def guarded() -> int:
+        try:
+            script()
+        except KeyboardInterrupt:
+            return 130
+        except PimoeError as error:
+            print(f"error [{error.code}] {error}", file=sys.stderr)
+            return 1
+        return 0
+
+    sys.exit(supervise(guarded))
