@@ -47,20 +47,21 @@ def build(args: AppSettings | dict[str, Any]) -> Application:
         )
         for name, experts, settings in groups
     }
+    placed = tuple((name, experts) for name, experts, _ in groups)
     router_config = RouterConfig(
         name=args.served_name,
         folder=folder,
         dtype=dtype,
         device=args.device,
         threads=args.router.threads,
-        groups=tuple((name, experts) for name, experts, _ in groups),
+        groups=placed,
         limits=args.router.to_limits(),
     )
     live = {"batching": args.router.batching.model_dump()}
     router_app = _deployment(RouterReplica, "router", args, args.router, live).bind(
         router_config, links, list(group_apps.values())
     )
-    gateway_config = GatewayConfig(folder, args.gateway.to_api(), args.gateway.cache.to_limits())
+    gateway_config = GatewayConfig(folder, placed, args.gateway.to_api(), args.gateway.cache.to_limits())
     ingress = serve.ingress()(GatewayReplica)
     live = {"cache": args.gateway.cache.model_dump()}
     gateway = _deployment(ingress, "gateway", args, args.gateway, live, _INGRESS_ENVIRONMENT)

@@ -39,8 +39,10 @@ cli = typer.Typer(
 )
 console = Console()
 
+DEFAULT_URL = "http://127.0.0.1:8000"
+
 ModelArgument = Annotated[
-    str | None, typer.Argument(help="Folder of a checkpoint; the embedded model when left out.", metavar="[MODEL]")
+    str | None, typer.Argument(help="Folder of a checkpoint; the embedded model when left out.")
 ]
 GroupsOption = Annotated[int, typer.Option(min=1, help="Expert groups.")]
 ReplicasOption = Annotated[int, typer.Option(min=1, help="Replicas of each expert group.")]
@@ -49,9 +51,15 @@ PortOption = Annotated[int, typer.Option(min=1, max=65535, help="Port to listen 
 DtypeOption = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own when left out.")
 ]
-UrlOption = Annotated[str, typer.Option(help="Where the application answers.")]
 
-DEFAULT_URL = "http://127.0.0.1:8000"
+
+def _checked_url(url: str | None) -> str | None:
+    if url is not None and not url.startswith(("http://", "https://")):
+        raise typer.BadParameter(f"{url!r} is not like {DEFAULT_URL}")
+    return url
+
+
+UrlOption = Annotated[str, typer.Option(help="Where the application answers.", callback=_checked_url)]
 
 
 def main() -> NoReturn:
@@ -243,7 +251,9 @@ def status(url: UrlOption = DEFAULT_URL) -> None:
 @cli.command(name="evaluate")
 def evaluate_command(
     served: Annotated[bool, typer.Option("--served", help="Start the application and ask it.")] = False,
-    url: Annotated[str | None, typer.Option(help="Ask an application that runs already.")] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Ask an application that runs already.", callback=_checked_url)
+    ] = None,
     groups: GroupsOption = 2,
     samples: Annotated[int, typer.Option(min=1, help="Held-out prompts per skill.")] = 100,
     port: PortOption = 8000,

@@ -73,8 +73,11 @@ def free_port() -> int:
 
 
 def check_port(host: str, port: int) -> None:
-    """Raises: ConfigurationError when something listens there already, or the host is not this machine's."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+    """Raises: ConfigurationError when something listens there already, or the host is no IPv4 address or name of
+    this machine: Serve's proxies listen on those only."""
+    if ":" in host:
+        raise ConfigurationError(f"host {host!r} is an IPv6 address; Serve listens on IPv4 only", "host")
+    with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -173,8 +176,10 @@ class LocalCluster:
     def _wait_ready(self) -> None:
         """Wait until every link is up: Serve calls a replica running before its first discovery."""
         until = time.monotonic() + _READY_TIMEOUT_S
+        # Straight to it: a proxy from the environment cannot reach this machine's loopback.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         while time.monotonic() < until:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/v2/health/ready", timeout=5):
+            with contextlib.suppress(OSError), opener.open(f"{self.url}/v2/health/ready", timeout=5):
                 return
             time.sleep(0.1)
         raise UnavailableError(f"the application was not ready within {_READY_TIMEOUT_S:g} s")
@@ -209,7 +214,8 @@ def owned_cluster(host: str, port: int, progress: Callable[[str], None]) -> Iter
         yield cluster
     finally:
         ignore_signals()  # an impatient second Ctrl-C must not cut the clean-up short
-        progress("stopping")
+        with contextlib.suppress(OSError):  # nor a terminal that is gone
+            progress("stopping")
         cluster.stop()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,7 @@ class ExpertGroupReplica:
         self._server = self._thread.run(
             listen(links, self._handler, links.limits, CREDITS, config.name), _START_TIMEOUT_S
         )
+        gc.freeze()  # as in the router
 
     def describe(self) -> dict[str, Any]:
         """For discovery and the status page; called by broadcast."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ray import serve
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..runtime.caching import CachedBackend, CacheLimits, ResultCache
 from ..runtime.model.tokenizer import Tokenizer
@@ -20,12 +22,17 @@ from .metrics import GatewayMetrics, render
 from .replica import LinkConfig, describe_all, identity, make_pool
 from .settings import CacheSettings
 
+_log = logging.getLogger(__name__)
+
+_PAGE_TIMEOUT_S = 2.0  # well below the time that Prometheus gives a scrape
+
 
 @dataclass(frozen=True, slots=True)
 class GatewayConfig:
     """What a gateway's replica is told; plain values."""
 
     folder: str
+    groups: tuple[tuple[str, tuple[int, ...]], ...]  # name and experts of each
     api: ApiSettings
     cache: CacheLimits
 
@@ -41,14 +48,15 @@ class GatewayReplica:
         self.tokenizer = Tokenizer.load(Path(config.folder))
         self._router_handle = router_handle
         self._group_handles = group_handles
+        self._groups = config.groups
+        self._last_seen: dict[str, list[dict[str, Any]]] = {}
         self._pool = make_pool("router", router_handle, links)
         self._cache = CachedBackend(RouterClient(self._pool), ResultCache(config.cache))
         self._metrics = GatewayMetrics()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Serve after the constructor."""
-        app = create_app(self)
-        return self._metrics.observe(app)
+        return _leave_request_id_to_serve(self._metrics.observe(create_app(self)))
 
     @property
     def model(self) -> ModelInfo:
@@ -72,21 +80,30 @@ class GatewayReplica:
 
     async def status(self) -> dict[str, Any]:
         """See `GatewayContext`."""
-        routers = await _try_describe(self._router_handle)
-        groups = []
-        for name, handle in self._group_handles.items():
-            replicas = await _try_describe(handle)
-            experts = replicas[0]["experts"] if replicas else []
-            groups.append({"name": name, "experts": list(experts), "replicas": replicas})
-        gateways = await _try_describe(_own_handle())
+        handles = {"router": self._router_handle, "gateway": _own_handle(), **self._group_handles}
+        pages = await asyncio.gather(*(self._describe(name, handle) for name, handle in handles.items()))
+        routers, gateways, *groups = pages
         return {
             "model": routers[0]["model"] if routers else None,
-            "groups": groups,
+            "groups": [
+                {"name": name, "experts": list(experts), "replicas": replicas}
+                for (name, experts), replicas in zip(self._groups, groups, strict=True)
+            ],
             "routers": routers,
             "gateways": gateways,
             "queue": _sum_queues(routers),
             "cache": _sum([gateway["cache"] for gateway in gateways]),
         }
+
+    async def _describe(self, name: str, handle: Any) -> list[dict[str, Any]]:
+        """A deployment's replicas. Serve's broadcast answers for all or for none: while one hangs, or has just
+        died, the page shows what was last known, and says so."""
+        try:
+            self._last_seen[name] = await describe_all(handle, _PAGE_TIMEOUT_S)
+        except Exception as error:  # Ray raises many kinds in the instants after a death
+            _log.info("%s does not answer: %s", name, error)
+            return [{**replica, "state": "unknown"} for replica in self._last_seen.get(name, [])]
+        return self._last_seen[name]
 
     async def metrics(self) -> tuple[bytes, str]:
         """See `GatewayContext`."""
@@ -119,14 +136,18 @@ def _own_handle() -> Any:
     return serve.get_deployment_handle(context.deployment, context.app_name)
 
 
-async def _try_describe(handle: Any) -> list[dict[str, Any]]:
-    """The replicas that answer now: a status page must come up while some are dying."""
-    for _ in range(3):
-        try:
-            return await describe_all(handle)
-        except Exception:  # Ray raises many kinds in the instants after a death
-            continue
-    return []
+def _leave_request_id_to_serve(app: ASGIApp) -> ASGIApp:
+    """Serve adds `x-request-id` to every answer; twice would be once too often."""
+
+    async def without(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_without(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [header for header in message["headers"] if header[0] != b"x-request-id"]
+            await send(message)
+
+        await app(scope, receive, send_without)
+
+    return without
 
 
 def _sum(parts: list[dict[str, Any]]) -> dict[str, Any]:

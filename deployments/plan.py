@@ -12,6 +12,7 @@ from ..runtime.model.checkpoint import Checkpoint
 from ..runtime.model.families import read_spec
 from ..runtime.model.loading import serving_dtype
 from ..runtime.model.spec import DecoderSpec, ExpertSpec, ModelSpec
+from ..runtime.model.tokenizer import Tokenizer
 from ..runtime.requests import DTYPE_BYTES
 from .app import plan_groups
 from .cluster import APP_NAME, required_resources
@@ -29,6 +30,7 @@ def check_checkpoint(settings: AppSettings) -> None:
     spec = read_spec(checkpoint)
     serving_dtype(spec, settings.dtype)
     plan_groups(settings)
+    Tokenizer.load(settings.folder)
     for layer in spec.experts.moe_layers:
         for expert in range(spec.experts.num_experts):
             for name, shape in _expert_tensors(spec.experts, layer, expert).items():

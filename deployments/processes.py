@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from types import FrameType
 
+_PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _STOP_TIMEOUT_S = 60.0
 _REMIND_S = 2.0
@@ -35,20 +36,37 @@ def supervise(work: Callable[[], int]) -> int:
         The exit code: of `work`, 130 when a signal ended it.
     """
     adopt_orphans()
-    child = os.fork()
-    if child == 0:
-        os._exit(_exit_code(work))
     interrupted_at: list[float] = []
 
     def remember(number: int, frame: FrameType | None) -> None:
         interrupted_at.append(time.monotonic())
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _stop_signals():
         signal.signal(number, remember)
+    child = os.fork()
+    if child == 0:
+        _await_interrupts()
+        os._exit(_exit_code(work))
     code = _wait(child, interrupted_at)
     ignore_signals()
     end_descendants()
     return 130 if interrupted_at else code
+
+
+def _stop_signals() -> list[signal.Signals]:
+    """What ends a command: SIGHUP too, when its terminal closes, unless it was started by nohup."""
+    hang_up = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGINT, signal.SIGTERM, *hang_up]
+
+
+def _await_interrupts() -> None:
+    """In the child: SIGINT, which the supervisor sends, raises `KeyboardInterrupt`, also where a shell without job
+    control had it ignored; and it comes by itself should the supervisor be killed."""
+    for number in _stop_signals():
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGINT.value, 0, 0, 0)
 
 
 def _exit_code(work: Callable[[], int]) -> int:
@@ -83,7 +101,7 @@ def _wait(child: int, interrupted_at: list[float]) -> int:
 
 def ignore_signals() -> None:
     """From here on only SIGKILL ends this process early."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -81,7 +81,7 @@ def identity(addresses: Sequence[str]) -> dict[str, Any]:
     }
 
 
-async def describe_all(handle: Any) -> list[dict[str, Any]]:
+async def describe_all(handle: Any, timeout_s: float = _BROADCAST_TIMEOUT_S) -> list[dict[str, Any]]:
     """What every live replica of a deployment says of itself.
 
     Raises:
@@ -89,7 +89,7 @@ async def describe_all(handle: Any) -> list[dict[str, Any]]:
     """
     # Synchronous, in a thread: the caller's loop need not be the one that Serve gave the handle.
     response = handle.broadcast("describe")
-    results = await asyncio.to_thread(response.results, timeout_s=_BROADCAST_TIMEOUT_S)
+    results = await asyncio.to_thread(response.results, timeout_s=timeout_s)
     return list(results)
 
 

@@ -191,7 +191,7 @@ class AppSettings(_Section):
     gateway: GatewaySettings = Field(default_factory=GatewaySettings)
     links: LinkSettings = Field(default_factory=LinkSettings)
     health_check_period_s: float = Field(default=1.0, gt=0)
-    health_check_timeout_s: float = Field(default=30.0, gt=0)
+    health_check_timeout_s: float = Field(default=10.0, gt=0)
 
     @model_validator(mode="after")
     def _check_limits(self) -> Self:

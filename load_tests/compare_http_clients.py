@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib
-import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,8 +21,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -34,6 +30,7 @@ import numpy as np
 import uvicorn
 from numpy.typing import NDArray
 from pimoe.clients import AsyncClient, Client
+from report import machine, machine_line, parser, publish, table
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -62,7 +59,7 @@ class Preset:
 ROW_BYTES = 1024
 PRESETS = {
     "tiny": Preset(rounds=1, concurrency=4, requests={2**10: 20}),
-    "full": Preset(rounds=5, concurrency=16, requests={2**10: 1000, 2**16: 500, 2**20: 100}),
+    "default": Preset(rounds=5, concurrency=16, requests={2**10: 1000, 2**16: 500, 2**20: 100}),
 }
 
 
@@ -254,44 +251,36 @@ def compare(preset: Preset) -> list[Result]:
     return results
 
 
-def table(results: list[Result]) -> str:
+def result_table(results: list[Result], preset: Preset) -> str:
     """For people."""
-    lines = [f"{'payload':>10}  {'client':<16} {'requests/s':>10}  {'to ' + BASELINE:>14}"]
-    for result in sorted(results, key=lambda r: (r.payload_bytes, -r.requests_per_s)):
-        ratio = "" if result.ratio is None else f"{result.ratio:.2f}x"
-        lines.append(
-            f"{result.payload_bytes:>10}  {result.client:<16} {result.requests_per_s:>10.0f}  {ratio:>14}"
-        )
-    return "\n".join(lines)
+    return table(
+        f"HTTP libraries, {preset.concurrency} requests at a time (medians of rounds)",
+        ("bytes", "client", "requests/s", f"to {BASELINE}"),
+        [
+            (
+                f"{result.payload_bytes:,}",
+                result.client,
+                f"{result.requests_per_s:,.0f}",
+                "" if result.ratio is None else f"{result.ratio:.2f}x",
+            )
+            for result in sorted(results, key=lambda r: (r.payload_bytes, -r.requests_per_s))
+        ],
+    )
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Compare HTTP clients against one local server.")
-    parser.add_argument("--preset", choices=PRESETS, default="full")
-    parser.add_argument("--json", metavar="FILE", help="write the results there ('-': standard output)")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    command_line = parser("Compare HTTP clients against one local server.", PRESETS)
+    command_line.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    options = command_line.parse_args()
     if options.serve:
         return serve()
-    results = compare(PRESETS[options.preset])
     httpx = installed("httpx", "httpx2")
-    found = ["aiohttp", "urllib3", *([httpx.__name__] if httpx else [])]
-    facts = {
-        "preset": asdict(PRESETS[options.preset]),
-        "machine": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in found if installed(name)},
-        "results": [asdict(result) for result in results],
-    }
-    if options.json == "-":
-        print(json.dumps(facts, indent=2))
-        return None
-    print(table(results))
-    print(f"{facts['versions']}, {options.preset} preset, {PRESETS[options.preset].concurrency} at a time")
-    if options.json:
-        Path(options.json).write_text(json.dumps(facts, indent=2))
-    return None
+    here = machine([name for name in ("urllib3", *([httpx.__name__] if httpx else [])) if installed(name)])
+    preset = PRESETS[options.preset]
+    results = compare(preset)
+    facts = {"machine": here, "preset": options.preset, "results": [asdict(result) for result in results]}
+    return publish(facts, f"{machine_line(here)}\n\n{result_table(results, preset)}", options.json)
 
 
 if __name__ == "__main__":

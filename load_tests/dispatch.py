@@ -9,6 +9,7 @@ with its plan, its experts and its sum. See README.md.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -34,7 +35,7 @@ from pimoe.runtime.routing.plan import ExpertRows, Placement, contiguous_placeme
 from pimoe.runtime.tasks import gather_or_cancel
 from pimoe.runtime.tensors import from_wire, to_wire
 from report import machine, machine_line, median_quantile, parser, progress, publish, table
-from stand import QUIET, stand
+from stand import QUIET, stand, supervised
 from torch import Tensor
 
 GROUPS = 2
@@ -65,7 +66,7 @@ class Preset:
 
 PRESETS = {
     "tiny": Preset(rounds=1, link_calls=20, handle_calls=5, tokens=(1, 32)),
-    "default": Preset(rounds=7, link_calls=300, handle_calls=40),
+    "default": Preset(rounds=5, link_calls=300, handle_calls=40),
 }
 
 
@@ -273,9 +274,8 @@ def tables(results: Sequence[Result]) -> str:
     )
 
 
-def main() -> None:
-    """The command line."""
-    options = parser("Compare dispatch over pimoe's links and over Ray Serve handles.", PRESETS).parse_args()
+def run(options: argparse.Namespace) -> None:
+    """Measure and publish."""
     here = machine()
     with stand() as cluster:
         cluster.serve(None, GROUPS)
@@ -285,4 +285,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line = parser("Compare dispatch over pimoe's links and over Ray Serve handles.", PRESETS)
+    arguments = command_line.parse_args()
+    supervised(lambda: run(arguments))

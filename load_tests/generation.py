@@ -31,7 +31,7 @@ from pimoe.runtime.model.spec import DecoderSpec
 from pimoe.runtime.requests import GenerateRequest, SamplingParams
 from random_model import write_random_model
 from report import cores, machine, machine_line, median_quantile, parser, progress, publish, table
-from stand import run, stand
+from stand import stand, supervised
 
 GROUPS = 2
 _TIMEOUT_S = 600.0
@@ -60,7 +60,7 @@ class Preset:
 EMBEDDED, WIDE = "embedded", "wide"
 PRESETS = {
     "tiny": Preset(1, sequences=(1, 4), prompt_tokens=8, max_tokens=8, models=(EMBEDDED,), all_cores=False),
-    "default": Preset(5, sequences=(1, 8, 32), prompt_tokens=16, max_tokens=64, models=(EMBEDDED, WIDE)),
+    "default": Preset(3, sequences=(1, 8, 32), prompt_tokens=16, max_tokens=64, models=(EMBEDDED, WIDE)),
 }
 
 
@@ -269,13 +269,8 @@ def _model(name: str, made: Path) -> Model:
     return Model(Path(name).resolve().name, Path(name))
 
 
-def main() -> None:
-    """The command line."""
-    options_parser = parser(
-        "Compare generation by the served application with the same model in-process.", PRESETS
-    )
-    add_model_options(options_parser)
-    options = options_parser.parse_args()
+def run(options: argparse.Namespace) -> None:
+    """Measure and publish."""
     preset, here = PRESETS[options.preset], machine()
     results: list[Result] = []
     with chosen_models(options) as models, stand() as cluster:
@@ -287,4 +282,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line = parser("Compare generation by the served application with the same model in-process.", PRESETS)
+    add_model_options(command_line)
+    arguments = command_line.parse_args()
+    supervised(lambda: run(arguments))

@@ -8,19 +8,17 @@ In one run and one cluster: tokens per second of the served application against 
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import asdict
 
 import dispatch
 import generation
 from report import machine, machine_line, parser, publish
-from stand import run, stand
+from stand import stand, supervised
 
 
-def main() -> None:
-    """The command line."""
-    options_parser = parser("Measure what it costs that experts live apart.", generation.PRESETS)
-    generation.add_model_options(options_parser)
-    options = options_parser.parse_args()
+def run(options: argparse.Namespace) -> None:
+    """Measure and publish."""
     here, preset = machine(), generation.PRESETS[options.preset]
     generated: list[generation.Result] = []
     with generation.chosen_models(options) as models, stand() as cluster:
@@ -39,4 +37,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line = parser("Measure what it costs that experts live apart.", generation.PRESETS)
+    generation.add_model_options(command_line)
+    arguments = command_line.parse_args()
+    supervised(lambda: run(arguments))

@@ -47,7 +47,7 @@ def progress(step: str) -> None:
 # The machine ---------------------------------------------------------------------------------------------------
 
 
-def machine() -> dict[str, Any]:
+def machine(more_packages: Iterable[str] = ()) -> dict[str, Any]:
     """Where this runs. The load average is as of now: what else ran tells how far to trust the numbers."""
     return {
         "cpu": _cpu_model(),
@@ -55,7 +55,7 @@ def machine() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name)) is not None},
+        "versions": {name: found for name in (*PACKAGES, *more_packages) if (found := _version(name)) is not None},
         "load_average": round(os.getloadavg()[0], 2),
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,18 +65,21 @@ def stand() -> Iterator[Stand]:
         yield Stand(cluster)
 
 
-def run(script: Callable[[], None]) -> NoReturn:
-    """Run a script that has a stand, so that nothing of it is left however it ends. Interrupts, and errors of
-    pimoe's own, end it with one line."""
+def supervised(work: Callable[[], None]) -> NoReturn:
+    """Run `work` in a process of its own, and exit when it and all that it started have ended. Interrupts, and
+    errors of pimoe's own, end it with one line."""
+    sys.exit(supervise(lambda: _exit_code(work)))
 
-    def guarded() -> int:
-        try:
-            script()
-        except KeyboardInterrupt:
-            return 130
-        except PimoeError as error:
-            print(f"error [{error.code}] {error}", file=sys.stderr)
-            return 1
-        return 0
 
-    sys.exit(supervise(guarded))
+def _exit_code(work: Callable[[], None]) -> int:
+    try:
+        work()
+    except KeyboardInterrupt:
+        return 130
+    except PimoeError as error:
+        print(f"error [{error.code}] {error}", file=sys.stderr)
+        return 1
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0

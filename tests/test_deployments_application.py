@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import openai
 import pytest
 import torch
 import tritonclient.http as triton
-from pimoe.clients import AsyncClient, Client, InvalidRequestError
+from pimoe.clients import AsyncClient, Client, InvalidRequestError, InvalidTensorError
 from pimoe.deployments.app import build
 from pimoe.deployments.cli import in_process_answer
 from pimoe.deployments.cluster import LocalCluster
@@ -81,6 +82,24 @@ def test_tensors_pass_the_experts_of_every_layer(client: Client) -> None:
     assert not np.allclose(outputs[0], outputs[1])
     rows = [client.infer(hidden[i : i + 1], layer=0)[0] for i in range(5)]
     np.testing.assert_allclose(np.stack(rows), outputs[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/v2/health/ready", "/nowhere"])
+def test_every_answer_has_one_request_id(application: LocalCluster, path: str) -> None:
+    request = urllib.request.Request(application.url + path, headers={"x-request-id": "mine-1"})
+    try:
+        with urllib.request.urlopen(request) as response:
+            headers = response.headers
+    except urllib.error.HTTPError as error:
+        headers = error.headers
+    assert headers.get_all("x-request-id") == ["mine-1"]
+
+
+def test_overflow_is_an_error_and_no_answer(client: Client) -> None:
+    with pytest.raises(InvalidTensorError, match="range"):
+        client.infer(np.full((1, 128), 1e300))
+    with pytest.raises(InvalidTensorError, match="overflow"):
+        client.infer(np.full((1, 128), 3e38, np.float32))
 
 
 def test_openai_sdk(application: LocalCluster) -> None:

@@ -25,14 +25,14 @@ from checkpoints import make_checkpoint
 from pimoe.deployments.cluster import free_port
 from pimoe.runtime.embedded import CHECKPOINT, SKILLS
 
-PIMOE = [sys.executable, "-m", "pimoe.deployments.cli"]
+PIMOE = [sys.executable, "-m", "pimoe.deployments.command"]
 MARK = "PIMOE_TEST_MARK"
 
 
 class Command:
     """A running `pimoe` command whose descendants can be told from all other processes by a mark."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, ignored: signal.Signals | None = None) -> None:
         self.mark = uuid.uuid4().hex
         self.output = ""
         self.process = subprocess.Popen(
@@ -41,6 +41,7 @@ class Command:
             stderr=subprocess.STDOUT,
             env={**os.environ, MARK: self.mark, "COLUMNS": "150"},
             start_new_session=True,
+            preexec_fn=None if ignored is None else lambda: signal.signal(ignored, signal.SIG_IGN),
         )
 
     def wait_for(self, text: str, timeout_s: float = 120) -> None:
@@ -71,8 +72,8 @@ class Command:
 
 
 @contextlib.contextmanager
-def running(*arguments: str) -> Iterator[Command]:
-    command = Command(*arguments)
+def running(*arguments: str, ignored: signal.Signals | None = None) -> Iterator[Command]:
+    command = Command(*arguments, ignored=ignored)
     try:
         yield command
     finally:
@@ -112,6 +113,18 @@ def test_ctrl_c_at_any_moment_leaves_nothing(moment: str) -> None:
         command.process.send_signal(signal.SIGINT)  # people press it twice
         assert command.finish() == 130, command.output
     assert "Traceback" not in command.output
+    assert command.left_behind() == []
+    assert_free(port)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_stops_where_a_shell_had_interrupts_ignored(number: signal.Signals) -> None:
+    """As in a script's background job, or when the terminal closes."""
+    port = free_port()
+    with running("serve", "--port", str(port), ignored=signal.SIGINT) as command:
+        command.wait_for("starting Ray ...")
+        command.process.send_signal(number)
+        assert command.finish(40) == 130, command.output
     assert command.left_behind() == []
     assert_free(port)
 
@@ -260,6 +273,32 @@ def test_a_bad_setting_is_named(tmp_path: Path, text: str, words: list[str]) -> 
     config.write_text(text)
     result = run("serve", "--config", str(config), "--port", str(free_port()))
     assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.stderr
+
+
+def test_a_broken_tokenizer_is_named(tmp_path: Path) -> None:
+    folder = _copy_embedded(tmp_path / "checkpoint")
+    (folder / "tokenizer.json").write_text('{"x": 1}')
+    result = run("build", str(folder))
+    assert result.returncode == 1
+    assert "invalid_checkpoint" in result.stderr
+    assert "tokenizer.json" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("serve", "--host", "::1"), ["IPv4"]),
+        (("generate", "hello", "--url", "foo"), ["foo", "http://127.0.0.1:8000"]),
+        (("serve", "--groups", "0"), ["--groups"]),
+        (("nonsense",), ["nonsense"]),
+    ],
+)
+def test_wrong_usage_is_named(arguments: tuple[str, ...], words: list[str]) -> None:
+    result = run(*arguments)
+    assert result.returncode in (1, 2)
     assert "Traceback" not in result.stderr
     for word in words:
         assert word in result.stderr

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pimoe.runtime.generation import sampler
 from pimoe.runtime.generation.sampler import sample
 from pimoe.runtime.requests import SamplingParams
 from torch import Tensor
@@ -112,10 +113,11 @@ def test_truncation_leaves_the_kept_ones_proportions() -> None:
     assert abs(seen[0] / 4000 - 0.4 / 0.65) < 4 * math.sqrt(0.62 * 0.38 / 4000)
 
 
-@pytest.mark.parametrize("truncation", [{"top_k": 2}, {"top_p": 0.45}])
-def test_ties_do_not_let_more_through(truncation: dict[str, Any]) -> None:
-    seen = draws(torch.zeros(4), SamplingParams(seed=3, **truncation), 400)
-    assert len(seen) == 2
+@pytest.mark.parametrize("truncation", [{"top_k": 2}, {"top_p": 0.45}, {"top_k": 3, "min_p": 0.5}])
+def test_what_is_as_likely_as_the_last_one_kept_stays_too(truncation: dict[str, Any]) -> None:
+    """Half precision makes ties; which of them stayed must not depend on the batch."""
+    logits = torch.tensor([1.0, 0.5, 1.0, 1.0, -1.0])
+    assert set(draws(logits, SamplingParams(seed=3, **truncation), 400)) == {0, 2, 3}
 
 
 @settings(max_examples=40, deadline=None)
@@ -136,11 +138,66 @@ def test_truncation_keeps_what_a_plain_reference_keeps(seed: int, top_k: int, to
     assert set(draws(logits, params, 60)) <= allowed
 
 
+def test_a_large_vocabulary_is_drawn_from_in_proportion() -> None:
+    """It is searched in blocks: both the blocks and what is in them must come as often as they should."""
+    vocab, count = 3000, 6000
+    weights = torch.arange(1.0, vocab + 1)
+    weights[700:1300] = 0
+    seen = draws(weights.log(), SamplingParams(seed=4), count)
+    assert not [token for token in seen if 700 <= token < 1300]
+    for first, last in ((0, 512), (512, 1024), (1024, 2000), (2000, 2048), (2048, 2990), (2990, 3000)):
+        share = float(weights[first:last].sum() / weights.sum())
+        came = sum(times for token, times in seen.items() if first <= token < last)
+        assert abs(came - share * count) < 4 * math.sqrt(share * count) + 1
+
+
+@pytest.mark.parametrize(
+    ("truncation", "kept"),
+    [
+        ({"top_p": 0.8}, 2400),
+        ({"min_p": 0.2}, 2400),
+        ({"top_k": 2400}, 2400),
+        ({"top_k": 3000, "top_p": 0.8}, 2400),
+    ],
+)
+def test_truncation_may_keep_thousands(truncation: dict[str, Any], kept: int) -> None:
+    """More than are looked at first; beside a row that keeps few, which must not notice."""
+    logits = torch.zeros(2, 3000)
+    logits[:, kept:] = -2.0 if "min_p" in truncation else -1e-4
+    few = SamplingParams(seed=2, top_k=3)
+    many = [SamplingParams(seed=seed, **truncation) for seed in range(2000)]
+    tokens, _ = sample(logits[torch.tensor([0] * 2000 + [1])], [*many, few], [0] * 2001, [()] * 2001)
+    assert max(tokens[:2000]) < kept
+    assert len({token // 600 for token in tokens[:2000]}) == 4, "from all over what is kept"
+    assert tokens[2000] == choose(logits[1], few)
+
+
+def test_a_point_at_the_very_end_falls_on_the_last_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one at the very beginning on the first, neither on one that is impossible."""
+    for vocab in (10, 3000):
+        logits = torch.full((vocab,), -math.inf)
+        logits[2:-2] = 0.0
+        for point, token in ((0.0, 2), (1 - 2.0**-40, vocab - 3)):
+            monkeypatch.setattr(sampler, "_uniform", lambda seed, position, point=point: point)
+            assert choose(logits, SamplingParams()) == token
+
+
+def test_a_row_of_nan_does_not_fail_the_others() -> None:
+    for vocab in (10, 2000):
+        logits = logits_of(3, rows=3, vocab=vocab)
+        logits[1] = float("nan")
+        params = [SamplingParams(seed=1), SamplingParams(seed=1, top_p=0.9), SamplingParams(seed=2, top_k=4)]
+        tokens, _ = sample(logits, params, [5, 5, 5], [()] * 3)
+        assert tokens[0] == choose(logits[0], params[0], 5)
+        assert tokens[2] == choose(logits[2], params[2], 5)
+        assert 0 <= tokens[1] < vocab
+
+
 # Seeds.
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 2**63 - 1), order=st.permutations(range(6)), vocab=st.sampled_from([3, 50, 1000]))
+@given(seed=st.integers(0, 2**63 - 1), order=st.permutations(range(6)), vocab=st.sampled_from([3, 50, 513, 5000]))
 def test_a_rows_token_depends_on_nothing_but_its_logits_seed_and_position(
     seed: int, order: list[int], vocab: int
 ) -> None:

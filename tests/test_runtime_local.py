@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ from pimoe.runtime.router.limits import RouterLimits
 from pimoe.runtime.tensors import from_wire, to_wire
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from waiting import eventually, within_patience
+from waiting import eventually, nothing_left_behind, within_patience  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
 RAGGED = [prompt_of(length, seed) for seed, length in enumerate([5, 1, 23, 12, 40])]
 
@@ -140,13 +143,12 @@ async def test_folders_that_hold_no_model_are_refused(tmp_path: Path, folders: d
 
 
 @pytest.fixture
-def socket_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where sockets go; nothing may be left there after the test."""
-    folder = tmp_path / "s"
-    folder.mkdir()
-    monkeypatch.setenv("PIMOE_SOCKET_FOLDER", str(folder))
-    yield folder
-    assert list(folder.iterdir()) == []
+def socket_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where sockets go, with a short path; nothing may be left there after the test."""
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setenv("PIMOE_SOCKET_FOLDER", folder)
+        yield Path(folder)
+        assert list(Path(folder).iterdir()) == []
 
 
 def command_line(pid: int) -> str:
@@ -204,6 +206,8 @@ async def test_killing_a_process_of_a_group_changes_no_token_and_closing_leaves_
     finally:
         await within_patience(runtime.close())
     assert not any(map(runs, pids))
+    survivors = [p.process for group in runtime.processes for p in group if p is not victim]
+    assert [process.returncode for process in survivors] == [0, 0, 0], "they ended by themselves"
 
 
 @pytest.fixture

@@ -77,6 +77,11 @@ class Batcher(Generic[T, R]):
         """Begin to form batches."""
         self._loop_task = asyncio.create_task(self._run(), name="batcher")
 
+    @property
+    def alive(self) -> bool:
+        """Whether batches are formed; false when the loop has ended, as it must not."""
+        return self._loop_task is not None and not self._loop_task.done()
+
     async def close(self) -> None:
         """Fail what waits and what comes, cancel what runs."""
         self._closing = True

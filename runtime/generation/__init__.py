@@ -1,1 +1,2 @@
-"""Generation: `sampler` chooses tokens, `scheduler` decides which sequences advance, `engine` runs steps."""
+"""Generation: `rules` say what a request may ask and where it ends, `sampler` chooses tokens, `scheduler` decides
+which sequences advance, `engine` runs steps."""

@@ -18,16 +18,11 @@ import torch
 from ..batching import BatchLimits, PriorityQueue, QueueItem, QueueLimits
 from ..batching.policy import virtual_deadline
 from ..batching.queue import QueueStatistics
-from ..errors import (
-    ContextLengthError,
-    DeadlineExceededError,
-    InvalidRequestError,
-    PimoeError,
-    RequestCancelledError,
-)
+from ..errors import DeadlineExceededError, PimoeError, RequestCancelledError
 from ..model.decoder import Decoder, ForwardBatch, Segment
-from ..requests import FinishReason, GenerateRequest, TokenChunk, TokenLogprob
+from ..requests import GenerateRequest, TokenChunk, TokenLogprob
 from ..routing.dispatch import Dispatcher
+from .rules import banned_tokens, check_request, finish_reason
 from .sampler import sample
 from .scheduler import EngineLimits, Generation, StepItem, can_admit, plan_step
 
@@ -80,7 +75,8 @@ class Engine:
         self.queue: PriorityQueue[_Stream] = PriorityQueue(queue_limits)
         self.cache = decoder.new_cache(limits.max_sequences, self.max_context_tokens)
         # A config may name end tokens that its vocabulary lacks.
-        self._eos = tuple(token for token in decoder.spec.eos_token_ids if token < decoder.spec.vocab_size)
+        vocab = decoder.spec.vocab_size
+        self._end_tokens = tuple(token for token in decoder.spec.eos_token_ids if token < vocab)
         self._clock = clock
         self._closing = False
         self._running: list[Generation] = []
@@ -96,6 +92,11 @@ class Engine:
     def start(self) -> None:
         """Begin to run steps."""
         self._loop_task = asyncio.create_task(self._run(), name="engine")
+
+    @property
+    def alive(self) -> bool:
+        """Whether steps are run; false when the loop has ended, as it must not."""
+        return self._loop_task is not None and not self._loop_task.done()
 
     async def close(self) -> None:
         """Refuse what comes, fail what waits, let run what runs for `limits.drain_s`, then fail that too."""
@@ -132,12 +133,14 @@ class Engine:
             DeadlineExceededError: its time ran out.
             RequestCancelledError: the engine is closing.
         """
-        self._check(request)
+        check_request(request, self.decoder.spec.vocab_size, self.max_context_tokens)
         if self._closing:
             raise RequestCancelledError("the server is shutting down")
-        if request.emitted and (reason := self._finish_reason(request, request.emitted[-1], len(request.emitted))):
-            yield TokenChunk((), reason)  # of the resumed request only the end had been lost
-            return
+        if emitted := request.emitted:
+            reason = finish_reason(request, emitted[-1], len(emitted), self._end_tokens)
+            if reason is not None:
+                yield TokenChunk((), reason)  # only the end had been lost
+                return
         now = self._clock()
         deadline = now + request.timeout_s
         stream = _Stream(request)
@@ -152,48 +155,25 @@ class Engine:
         )
         self.queue.push(item)
         self._wake.set()
+        # One timer for the whole request: one for each token costs a tenth of a large decode step. It is for steps
+        # that hang; `step` looks at the deadlines itself.
+        timer = asyncio.get_running_loop().call_later(max(0.0, request.timeout_s), self._expire, stream)
         try:
             while True:
-                chunk = await self._next_chunk(stream, deadline)
+                chunk = await stream.chunks.get()
+                if isinstance(chunk, PimoeError):
+                    raise chunk
                 yield chunk
                 if chunk.finish_reason is not None:
                     return
         finally:
+            timer.cancel()
             self.queue.cancel(item)
             self._abandon(stream)
 
-    async def _next_chunk(self, stream: _Stream, deadline: float) -> TokenChunk:
-        try:
-            async with asyncio.timeout(max(0.0, deadline - self._clock())):
-                chunk = await stream.chunks.get()
-        except TimeoutError:
-            raise DeadlineExceededError("the request's time ran out") from None
-        if isinstance(chunk, PimoeError):
-            raise chunk
-        return chunk
-
-    def _check(self, request: GenerateRequest) -> None:
-        """What one request could do to the others of its step must be found here."""
-        sampling = request.sampling
-        prompt, wanted = len(request.prompt_token_ids), sampling.max_tokens
-        if prompt < 1 or wanted < 1:
-            raise InvalidRequestError("a generation needs at least one prompt token and max_tokens of at least 1")
-        if prompt + wanted > self.max_context_tokens:
-            raise ContextLengthError(
-                f"the prompt's {prompt} tokens and max_tokens {wanted} exceed the context of "
-                f"{self.max_context_tokens} tokens",
-                "max_tokens",
-            )
-        if len(request.emitted) > wanted:
-            raise InvalidRequestError(f"{len(request.emitted)} tokens were emitted of at most {wanted}", "emitted")
-        vocab = self.decoder.spec.vocab_size
-        for name, tokens in (
-            ("prompt", request.prompt_token_ids),
-            ("emitted", request.emitted),
-            ("stop_token_ids", sampling.stop_token_ids),
-        ):
-            if tokens and not (min(tokens) >= 0 and max(tokens) < vocab):
-                raise InvalidRequestError(f"a token id in {name} is outside of the vocabulary of {vocab}", name)
+    def _expire(self, stream: _Stream) -> None:
+        stream.fail(DeadlineExceededError("the request's time ran out"))
+        self._abandon(stream)
 
     def _abandon(self, stream: _Stream) -> None:
         generation = stream.generation
@@ -215,6 +195,8 @@ class Engine:
     async def step(self) -> None:
         """Advance every running sequence; what fails fails its sequences, never the engine."""
         started = self._clock()
+        late = [generation for generation in self._running if generation.deadline <= started]
+        self._fail(late, DeadlineExceededError("the request's time ran out"))
         self._remove_finished()
         self._admit(started)
         items = plan_step(self._running, self.limits.max_step_tokens)
@@ -288,7 +270,7 @@ class Engine:
                 logits,
                 [g.request.sampling for g in sampling],
                 [len(g.tokens) for g in sampling],
-                [self._banned(g) for g in sampling],
+                [banned_tokens(g.request, g.generated, self._end_tokens) for g in sampling],
             )
         for generation, token, logprob in zip(sampling, tokens, logprobs, strict=True):
             self._append(generation, token, logprob)
@@ -297,23 +279,10 @@ class Engine:
         generation.tokens.append(token)
         if generation.finished:
             return  # its reader left during the step
-        reason = self._finish_reason(generation.request, token, generation.generated)
+        reason = finish_reason(generation.request, token, generation.generated, self._end_tokens)
         generation.finished = reason is not None
         chunk = TokenChunk((token,), reason, None if logprob is None else (logprob,))
         self._streams[generation].chunks.put_nowait(chunk)
-
-    def _banned(self, generation: Generation) -> tuple[int, ...]:
-        sampling = generation.request.sampling
-        if generation.generated >= sampling.min_tokens:
-            return ()
-        return (*self._eos, *sampling.stop_token_ids)
-
-    def _finish_reason(self, request: GenerateRequest, token: int, generated: int) -> FinishReason | None:
-        """Why a request ends with `token`, the last of `generated`; None when it goes on."""
-        sampling = request.sampling
-        if token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos):
-            return "stop"
-        return "length" if generated >= sampling.max_tokens else None
 
     def _fail(self, generations: Sequence[Generation], error: PimoeError) -> None:
         for generation in generations:

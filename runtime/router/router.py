@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..batching import Batcher, BatchLimits
-from ..errors import InvalidRequestError, InvalidTensorError
+from ..errors import InvalidRequestError, InvalidTensorError, UnavailableError
 from ..generation.engine import Engine
 from ..model.decoder import Decoder
 from ..requests import DTYPE_BYTES, GenerateRequest, InferRequest, InferResult, ModelInfo, TokenChunk
@@ -83,7 +83,10 @@ class Router:
         ]
         outputs = await gather_or_cancel(calls)
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return InferResult(to_wire(output.to(torch_dtype(request.hidden_states.dtype))))
+        output = output.to(torch_dtype(request.hidden_states.dtype))
+        if not torch.isfinite(output).all():
+            raise InvalidTensorError(f"the output overflows: its numbers do not fit {self.model.dtype}")
+        return InferResult(to_wire(output))
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
         """See `Backend`."""
@@ -110,7 +113,10 @@ class Router:
             raise InvalidTensorError(
                 f"hidden states of shape {list(states.shape)} in {states.dtype} do not have {states.nbytes} bytes"
             )
-        return from_wire(states, self.device).to(self.dtype)
+        hidden = from_wire(states, self.device).to(self.dtype)
+        if not torch.isfinite(hidden).all():
+            raise InvalidTensorError(f"hidden states hold NaN, Inf or numbers out of {self.model.dtype}'s range")
+        return hidden
 
     async def _run_layer(self, batch: Sequence[tuple[int, Tensor]], deadline: float) -> Sequence[Tensor]:
         layer = batch[0][0]
@@ -129,6 +135,11 @@ class Router:
         self.batcher.limits = limits
         if self.engine is not None:
             self.engine.batch_limits = limits
+
+    def check(self) -> None:
+        """Raises: UnavailableError when a loop has ended, so that nothing would be answered any more."""
+        if not self.batcher.alive or not (self.engine is None or self.engine.alive):
+            raise UnavailableError("the router's batcher or engine has ended")
 
     def busy_s(self) -> float:
         """Seconds since start that steps and batches took, less those in which they waited for experts: more
