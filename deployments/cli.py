@@ -78,7 +78,7 @@ def _guarded(work: Callable[[], object]) -> int:
     except pydantic.ValidationError as error:
         return _complain("invalid_configuration", _explain(error))
     except (PimoeError, PimoeClientError) as error:
-        return _complain(error.code, str(error))
+        return _complain(error.code, error.message)
     except Exception as error:
         # click's usage errors know how to show themselves; anything else is ours to mend, and keeps its traceback.
         if not hasattr(error, "show"):

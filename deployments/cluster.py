@@ -126,6 +126,11 @@ class LocalCluster:
         """Where the application answers."""
         return f"http://{self.host}:{self.port}"
 
+    @property
+    def is_started(self) -> bool:
+        """Whether there is anything to stop."""
+        return self._ray_started
+
     def start(self, settings: AppSettings, progress: Callable[[str], None] = lambda _: None) -> None:
         """Start Ray, then Serve, then the application, and wait until it is up.
 
@@ -214,8 +219,9 @@ def owned_cluster(host: str, port: int, progress: Callable[[str], None]) -> Iter
         yield cluster
     finally:
         ignore_signals()  # an impatient second Ctrl-C must not cut the clean-up short
-        with contextlib.suppress(OSError):  # nor a terminal that is gone
-            progress("stopping")
+        if cluster.is_started:
+            with contextlib.suppress(OSError):  # nor a terminal that is gone
+                progress("stopping")
         cluster.stop()
 
 

@@ -33,23 +33,23 @@ def run_demo(cluster: LocalCluster, settings: AppSettings, console: Console) -> 
 
 
 def placement_table(status: dict[str, Any]) -> Table:
-    """What runs where: deployment, replica, process, experts held, bytes of weights."""
+    """What runs where: deployment, replica, process, what it holds, bytes of weights; fits 80 columns."""
     table = Table(title=f"{status['model']['name']}: what runs where", title_justify="left")
-    for column in ("deployment", "replica", "process", "experts", "weights", "address"):
+    for column in ("deployment", "replica", "process", "holds", "weights"):
         table.add_column(column, justify="right" if column in ("process", "weights") else "left")
     for gateway in status["gateways"]:
-        table.add_row("gateway", gateway["id"], str(gateway["pid"]), "", "", "HTTP, result cache")
+        table.add_row("gateway", gateway["id"], str(gateway["pid"]), "HTTP, result cache", "")
     for router in status["routers"]:
         table.add_row(*_row("router", router, "trunk and gates"))
     for group in status["groups"]:
         for replica in group["replicas"]:
-            table.add_row(*_row(group["name"], replica, " ".join(map(str, group["experts"]))))
+            table.add_row(*_row(group["name"], replica, "experts " + " ".join(map(str, group["experts"]))))
     return table
 
 
 def _row(deployment: str, replica: dict[str, Any], holds: str) -> tuple[str, ...]:
     weights = f"{replica['weights_bytes']:,} B"
-    return deployment, replica["id"], str(replica["pid"]), holds, weights, str(replica["address"])
+    return deployment, replica["id"], str(replica["pid"]), holds, weights
 
 
 def _ask_every_skill(client: Client, console: Console) -> None:
@@ -75,8 +75,8 @@ def _send_tensor(client: Client, console: Console) -> None:
     started = time.monotonic()
     output = client.infer(hidden, layer=0)
     console.print(
-        f"\nA tensor through the experts of layer 0: {list(hidden.shape)} -> {list(output.shape)}, "
-        f"mean |out| {np.abs(output).mean():.4f} [dim]{1e3 * (time.monotonic() - started):.1f} ms[/]",
+        f"\nA tensor through the experts of layer 0: {list(hidden.shape)} -> {list(output.shape)} "
+        f"[dim]{1e3 * (time.monotonic() - started):.1f} ms[/]",
         highlight=False,
     )
 
@@ -87,6 +87,6 @@ def _ask_again(client: Client, console: Console) -> None:
     again = client.generate(example.prompt, max_tokens=64, temperature=0)
     console.print(
         f"\nThe first prompt again: [bold]{again.text}[/] [dim]{1e3 * (time.monotonic() - started):.1f} ms[/], "
-        f"answered from the cache: [bold]{again.cache}[/]",
+        f"from the cache: [bold]{again.cache}[/]",
         highlight=False,
     )

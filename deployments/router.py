@@ -52,7 +52,7 @@ class RouterReplica:
         self._load = LoadMeter()
         self._thread = LoopThread("router")
         self._thread.run(self._start(links, group_handles), _START_TIMEOUT_S)
-        gc.freeze()  # what is loaded stays; a full collection over it would hold up requests for a tenth of a second
+        gc.freeze()  # what is loaded stays; a full collection over it would hold requests up for 0.1 s
 
     async def _start(self, links: LinkConfig, group_handles: list[Any]) -> None:
         names = [name for name, _ in self._config.groups]
