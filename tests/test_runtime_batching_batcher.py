@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import math
 import random
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from typing import Any
 
 import pytest
-from pimoe.runtime.batching import Batcher, BatchLimits, QueueLimits
+from pimoe.runtime.batching import Batcher, BatchLimits, Computed, QueueLimits
 from pimoe.runtime.errors import (
     DeadlineExceededError,
+    InvalidRequestError,
     InvalidTensorError,
     OverloadedError,
     PimoeError,
@@ -46,13 +49,13 @@ class Model:
         self.running: list[asyncio.Future[None]] = []
         self.answer: Callable[[list[str]], Sequence[str]] = lambda batch: [value.upper() for value in batch]
 
-    async def __call__(self, batch: Sequence[str], deadline: float) -> Sequence[str]:
+    async def __call__(self, batch: Sequence[str], deadline: float) -> Computed[str]:
         self.batches.append(list(batch))
         self.deadlines.append(deadline)
         gate = asyncio.get_running_loop().create_future()
         self.running.append(gate)
         await gate
-        return self.answer(list(batch))
+        return Computed(self.answer(list(batch)))
 
     def finish(self, index: int = 0) -> None:
         """Let the batch at `index` among the running ones go."""
@@ -348,19 +351,44 @@ async def test_a_wrong_number_of_results_is_nobodys_result(results: Any) -> None
 
 async def test_a_deadline_ends_the_wait_in_the_queue_and_in_a_batch() -> None:
     async with bench(max_in_flight=1) as b:
-        computing = b.submit("a", timeout_s=TINY_S)
-        await b.dispatched("a")
-        queued = b.submit("b", tokens=3, timeout_s=TINY_S)
+        first = b.submit("x")
+        await b.dispatched("x")
+        computing, beside = b.submit("a", timeout_s=TINY_S), b.submit("b")
+        await settle()
+        b.model.finish()
+        await b.dispatched("x", "ab")
+        queued = b.submit("c", tokens=3, timeout_s=TINY_S)
         for result in (computing, queued):
             with pytest.raises(DeadlineExceededError):
                 await result
         assert b.batcher.queue.tokens == 0
+        b.model.finish()  # the batch went on: one of its callers is still there
+        assert await asyncio.gather(first, beside) == ["X", "B"]
+        await b.dispatched("x", "ab")  # nothing was spent on the late one
+        after = b.submit("d")
+        await b.dispatched("x", "ab", "d")
         b.model.finish()
-        await b.dispatched("a")  # nothing was spent on the late one
+        assert await after == "D"
+
+
+async def test_a_batch_ends_when_all_its_callers_have_left() -> None:
+    async with bench(max_in_flight=1) as b:
+        first = b.submit("x")
+        await b.dispatched("x")
+        late, cancelled = b.submit("a", timeout_s=TINY_S), b.submit("b")
+        await settle()
+        b.model.finish()
+        await b.dispatched("x", "ab")
+        with pytest.raises(DeadlineExceededError):
+            await late
+        assert not b.model.running[0].done()
+        cancelled.cancel()
+        await eventually(lambda: b.model.running[0].cancelled())
+        b.model.running.clear()
         after = b.submit("c")
-        await b.dispatched("a", "c")
+        await b.dispatched("x", "ab", "c")  # its credit is free again
         b.model.finish()
-        assert await after == "C"
+        assert await asyncio.gather(first, after) == ["X", "C"]
 
 
 async def test_what_is_late_by_the_clock_is_failed_before_it_is_computed() -> None:
@@ -438,6 +466,398 @@ async def test_a_full_queue_refuses_and_sheds() -> None:
         assert (statistics.refused, statistics.shed, statistics.cancelled) == (1, 1, 0)
 
 
+# What was learnt
+
+
+async def teach(b: Bench, seconds_per_token: float = 1.0) -> None:
+    """Let batches run that take so long each."""
+    for size in [1, 2, 3, 4] * 6:
+        result = b.submit("t", tokens=size, timeout_s=HOUR_S)
+        await eventually(lambda: b.model.running)
+        b.clock.now += size * seconds_per_token
+        b.model.finish()
+        await result
+    b.model.batches.clear()
+
+
+async def test_a_batch_is_no_larger_than_its_deadlines_allow() -> None:
+    async with bench(max_in_flight=1) as b:
+        await teach(b)
+        assert b.batcher.downstream.latency.predict_s(4) == pytest.approx(4.0, rel=0.01)
+        results = [b.submit("x", timeout_s=HOUR_S)]
+        await b.dispatched("x")
+        results += [b.submit(value, timeout_s=4.2) for value in "abcd"]
+        await settle()
+        b.clock.now += 1.0
+        b.model.finish()
+        await b.dispatched("x", "abc")  # three seconds are left, and two tenths
+        b.clock.now += 3.0
+        b.model.finish()
+        outcomes = await asyncio.gather(*results, return_exceptions=True)
+        assert outcomes[:4] == ["X", "A", "B", "C"]
+        assert isinstance(outcomes[4], DeadlineExceededError)
+
+
+async def test_no_deadline_makes_a_batch_smaller_than_the_least() -> None:
+    async with bench(max_in_flight=1, min_batch_tokens=4) as b:
+        await teach_full(b)
+        results = [b.submit("x", tokens=4, timeout_s=HOUR_S)]
+        await b.dispatched("x")
+        results += [b.submit(value, timeout_s=6.0) for value in "abcd"]
+        await settle()
+        b.clock.now += 4.0
+        b.model.finish()
+        await b.dispatched("x", "abcd")
+        b.model.finish()
+        await asyncio.gather(*results)
+
+
+async def teach_full(b: Bench) -> None:
+    """As `teach`, where smaller batches would wait for company."""
+    b.batcher.limits, least = BatchLimits(4, HOUR_S, 1), b.batcher.limits
+    await teach(b)
+    b.batcher.limits = least
+
+
+async def test_batches_are_bound_as_late_as_downstream_allows() -> None:
+    async with bench(max_in_flight=2) as b:
+        await teach(b)
+        results = [b.submit("x", tokens=4, timeout_s=HOUR_S)]
+        await b.dispatched("x")
+        results.append(b.submit("a", tokens=4, timeout_s=HOUR_S))
+        await settle()
+        await b.dispatched("x")  # it would only wait there
+        results.append(b.submit("u", tokens=4, priority=1.0, timeout_s=HOUR_S))
+        await settle()
+        b.clock.now += 3.999
+        b.batcher.limits = b.batcher.limits  # looks again, as it would by its timer
+        await settle()
+        await b.dispatched("x", "u")  # what came later and is more urgent goes first
+        b.clock.now += 0.001
+        b.model.finish()
+        await settle()
+        await b.dispatched("x", "u")
+        b.batcher.drain()  # then nothing is held
+        await b.dispatched("x", "u", "a")
+        b.model.finish()
+        b.model.finish()
+        assert await asyncio.gather(*results) == ["X", "A", "U"]
+
+
+async def test_nobody_queues_behind_more_than_can_be_done_in_their_time() -> None:
+    async with bench(max_in_flight=1) as b:
+        await teach(b)
+        results = [b.submit("x", tokens=4, timeout_s=HOUR_S)]
+        await b.dispatched("x")
+        results += [b.submit(value, tokens=4, timeout_s=HOUR_S) for value in "ab"]
+        await settle()
+        with pytest.raises(OverloadedError, match="more waits before this request") as refused:
+            await b.submit("c", timeout_s=11.9)  # four seconds of x and eight of the others
+        assert (refused.value.retry_after_s or 0) > 0
+        assert b.batcher.statistics().queue.refused == 1
+        results.append(b.submit("d", timeout_s=20.0))
+        results.append(b.submit("e", priority=1.0, timeout_s=11.9))  # goes first
+        await settle()
+        assert len(b.batcher.queue) == 4
+        b.batcher.drain()
+        while not all(result.done() for result in results):
+            while b.model.running:
+                b.model.finish()
+            await settle()
+        assert await asyncio.gather(*results) == ["X", "A", "B", "D", "E"]
+
+
+async def test_what_cannot_be_done_in_time_is_not_begun() -> None:
+    async with bench(max_in_flight=1) as b:
+        await teach(b)
+        with pytest.raises(DeadlineExceededError, match="in the queue"):
+            await b.submit("a", tokens=4, timeout_s=3.0)
+        assert b.model.batches == []
+        assert b.batcher.statistics().queue.expired == 1
+        in_time = b.submit("b", tokens=4, timeout_s=5.0)
+        await b.dispatched("b")
+        b.model.finish()
+        assert await in_time == "B"
+
+
+async def test_missed_deadlines_make_batches_smaller_until_they_are_met() -> None:
+    async with bench(max_batch_tokens=16, max_in_flight=1) as b:
+        for expected in (8, 4):
+            late = b.submit("a", timeout_s=HOUR_S)
+            await eventually(lambda: b.model.running)
+            b.clock.now += HOUR_S + 1.0
+            b.model.finish()
+            assert await late == "A"  # by a clock that it does not know
+            await settle()
+            assert b.batcher.statistics().max_batch_tokens == expected
+        for expected in (5, 6, 7):
+            met = b.submit("a")
+            await eventually(lambda: b.model.running)
+            b.model.finish()
+            await met
+            await settle()
+            assert b.batcher.statistics().max_batch_tokens == expected
+
+
+@pytest.mark.parametrize("fate", ["everybody has left", "its time ran out downstream", "it failed"])
+@pytest.mark.parametrize("late", [False, True])
+async def test_a_batch_that_took_too_long_makes_batches_smaller_without_an_answer(fate: str, late: bool) -> None:
+    def fail(batch: list[str]) -> list[str]:
+        raise InvalidTensorError("wrong") if fate == "it failed" else DeadlineExceededError("too late")
+
+    async with bench(max_batch_tokens=16, max_in_flight=1) as b:
+        b.model.answer = fail
+        result = b.submit("a")
+        await b.dispatched("a")
+        b.clock.now += TIMEOUT_S + 1.0 if late else 0.0
+        if fate == "everybody has left":
+            result.cancel()
+        else:
+            b.model.finish()
+        await asyncio.gather(result, return_exceptions=True)
+        await eventually(lambda: b.batcher.statistics().in_flight == 0)
+        b.model.running.clear()
+        smaller = late and fate != "it failed"  # of how long a failure took nothing is learnt
+        assert b.batcher.statistics().max_batch_tokens == (8 if smaller else 16)
+        assert b.batcher.downstream.latency.samples == smaller
+
+
+async def test_nobody_lingers_where_nobody_comes() -> None:
+    async with bench(max_wait_s=1.0) as b:
+        results = [b.submit("a")]
+        await b.dispatched("a")
+        b.clock.now += 10.0  # two requests in ten seconds
+        results.append(b.submit("b"))
+        await b.dispatched("a", "b")
+        assert b.closed == {"idle": 2}
+        b.model.finish()
+        b.model.finish()
+        await asyncio.gather(*results)
+
+
+async def test_small_batches_wait_for_company_although_the_model_is_idle() -> None:
+    async with bench(min_batch_tokens=2) as b:
+        results = [b.submit("a")]
+        await settle()
+        assert b.model.batches == []
+        results.append(b.submit("b"))
+        await b.dispatched("ab")
+        b.model.finish()
+        assert await asyncio.gather(*results) == ["A", "B"]
+
+
+async def test_a_time_that_ran_out_in_the_queue_is_counted_as_such() -> None:
+    model = Model()
+    batcher: Batcher[str, str] = Batcher(model, BatchLimits(max_in_flight=1), QueueLimits())
+    batcher.start()
+    first = asyncio.create_task(batcher.submit("a", 1, 0.5, TIMEOUT_S))
+    await eventually(lambda: model.running)
+    with pytest.raises(DeadlineExceededError):
+        await batcher.submit("b", 1, 0.5, TINY_S)
+    statistics = batcher.statistics().queue
+    assert (statistics.expired, statistics.cancelled) == (1, 0)
+    model.finish()
+    assert await first == "A"
+    await batcher.close()
+
+
+async def test_statistics_are_plain() -> None:
+    async with bench(max_in_flight=1) as b:
+        await teach(b)
+        waiting = [b.submit("b")]
+        await b.dispatched("b")
+        waiting.append(b.submit("a"))
+        await settle()
+        plain = json.loads(json.dumps(b.batcher.statistics().as_plain()))
+        assert (plain["in_flight"], plain["batches"], plain["queue"]["items"]) == (1, 25, 1)
+        assert plain["queue"]["classes"]["default"]["items"] == 1
+        assert plain["latency"]["trusted"] is True
+        assert 0.9 < plain["utilisation"] <= 1.0
+        assert plain["sizes"]["sum"] == plain["tokens"] == 61
+        b.model.finish()
+        await b.dispatched("b", "a")
+        b.model.finish()
+        await asyncio.gather(*waiting)
+
+
+# Nothing hangs, whatever goes wrong and whenever
+
+
+@pytest.mark.parametrize("tokens", [0, -1])
+async def test_an_item_without_tokens_is_refused(tokens: int) -> None:
+    async with bench() as b:
+        with pytest.raises(InvalidRequestError, match="at least one"):
+            await b.submit("a", tokens=tokens)
+        assert b.batcher.statistics().queue[:6] == (0,) * 6
+        await still_serves(b)
+
+
+async def test_a_priority_that_is_no_number_is_refused() -> None:
+    async with bench() as b:
+        with pytest.raises(ValueError, match="NaN"):
+            await b.submit("a", priority=math.nan)
+        assert b.batcher.statistics().queue[:6] == (0,) * 6
+        await still_serves(b)
+
+
+async def still_serves(b: Bench) -> None:
+    """The batcher is as good as new."""
+    assert b.batcher.alive
+    assert (len(b.batcher.queue), b.batcher.queue.tokens) == (0, 0)
+    b.model.running = [gate for gate in b.model.running if not gate.done()]
+    before = len(b.model.batches)
+    b.model.answer = lambda batch: [value.upper() for value in batch]
+    result = b.submit("z")
+    await eventually(lambda: len(b.model.batches) > before)
+    while b.model.running:
+        b.model.finish()
+    assert await within_patience(result) == "Z"
+    await eventually(lambda: b.batcher.statistics().in_flight == 0)
+
+
+COLLATIONS: dict[str, Any] = {
+    "raises": lambda batch, deadline: 1 / 0,
+    "gives nothing": lambda batch, deadline: None,
+    "is no coroutine": lambda batch, deadline: Computed(batch),
+}
+
+
+@pytest.mark.parametrize("way", list(COLLATIONS))
+async def test_a_collation_that_fails_fails_its_items_only(way: str) -> None:
+    async with bench(max_in_flight=1) as b:
+        execute, b.batcher._execute = b.batcher._execute, COLLATIONS[way]
+        outcomes = await within_patience(asyncio.gather(*map(b.submit, "abc"), return_exceptions=True))
+        assert [type(outcome) for outcome in outcomes] == [PimoeError] * 3
+        assert all("the batch failed: " in str(outcome) for outcome in outcomes)
+        b.batcher._execute = execute
+        await still_serves(b)
+
+
+@pytest.mark.parametrize("answer", [None, 5, (), ("A",), (["A"],), (["A"], 1, 2), (None, 1), (["A", "B"], 1)])
+async def test_an_answer_of_another_shape_fails_its_items_only(answer: Any) -> None:
+    async def execute(batch: Sequence[str], deadline: float) -> Any:
+        await asyncio.sleep(0)
+        return answer
+
+    async with bench(max_in_flight=1) as b:
+        good, b.batcher._execute = b.batcher._execute, execute
+        outcome = await within_patience(asyncio.gather(b.submit("a"), return_exceptions=True))
+        assert [type(each) for each in outcome] == [PimoeError]
+        b.batcher._execute = good
+        await still_serves(b)
+
+
+@pytest.mark.parametrize("turns", range(12))
+@pytest.mark.parametrize("alone", [True, False])
+async def test_a_caller_may_leave_at_any_moment(turns: int, alone: bool) -> None:
+    async with bench(max_in_flight=1) as b:
+        leaving = b.submit("a")
+        others = [] if alone else [b.submit("b")]
+        for turn in range(turns):
+            if turn == 6:
+                while b.model.running:
+                    b.model.finish()
+            await asyncio.sleep(0)
+        leaving.cancel()
+        await settle()
+        for gate in b.model.running:
+            if not gate.done():
+                gate.set_result(None)
+        outcomes = await within_patience(asyncio.gather(leaving, *others, return_exceptions=True))
+        assert outcomes[0] == "A" or isinstance(outcomes[0], asyncio.CancelledError)
+        assert outcomes[1:] == [] if alone else outcomes[1:] == ["B"]
+        await still_serves(b)
+
+
+@pytest.mark.parametrize("turns", range(8))
+@pytest.mark.parametrize("fails", [True, False])
+async def test_a_batch_may_be_cancelled_at_any_moment(turns: int, fails: bool) -> None:
+    def fail(batch: list[str]) -> list[str]:
+        raise InvalidTensorError("wrong")
+
+    async with bench(max_in_flight=1) as b:
+        if fails:
+            b.model.answer = fail
+        results = [b.submit(value) for value in "ab"]
+        await eventually(lambda: b.batcher.statistics().batches)
+        (task,) = b.batcher._running
+        for turn in range(turns):
+            if turn == 3:
+                b.model.finish()
+            await asyncio.sleep(0)
+        task.cancel()
+        outcomes = await within_patience(asyncio.gather(*results, return_exceptions=True))
+        assert outcomes == ["A", "B"] or all(
+            isinstance(outcome, RequestCancelledError | InvalidTensorError) for outcome in outcomes
+        )
+        await still_serves(b)
+
+
+@pytest.mark.parametrize("turns", range(6))
+async def test_closing_may_itself_be_cancelled(turns: int) -> None:
+    async with bench(max_in_flight=1) as b:
+        results = [b.submit(value) for value in "abcdef"]
+        await eventually(lambda: b.model.running)
+        closing = asyncio.create_task(b.batcher.close())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.gather(closing, return_exceptions=True)
+        if turns:
+            for outcome in await within_patience(asyncio.gather(*results, return_exceptions=True)):
+                assert isinstance(outcome, RequestCancelledError)
+            await eventually(lambda: b.batcher.statistics().in_flight == 0)
+        else:  # it had not begun
+            await b.batcher.close()
+            await within_patience(asyncio.gather(*results, return_exceptions=True))
+
+
+async def test_a_model_that_is_slow_to_be_cancelled_is_waited_for() -> None:
+    ended = []
+
+    async def execute(batch: Sequence[str], deadline: float) -> Computed[str]:
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            for _ in range(5):
+                await asyncio.sleep(0)
+            ended.append(batch)
+        return Computed(batch)
+
+    async with bench(max_in_flight=1) as b:
+        b.batcher._execute = execute
+        result = b.submit("a")
+        await eventually(lambda: b.batcher.statistics().in_flight)
+        await settle()
+        await b.batcher.close()
+        assert ended == [["a"]]
+        with pytest.raises(RequestCancelledError):
+            await result
+
+
+async def test_a_model_that_will_not_be_cancelled_gives_its_results_to_nobody() -> None:
+    gate = asyncio.Event()
+
+    async def execute(batch: Sequence[str], deadline: float) -> Computed[str]:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.get_running_loop().create_future()
+        await gate.wait()
+        return Computed(batch)
+
+    async with bench(max_in_flight=1) as b:
+        good, b.batcher._execute = b.batcher._execute, execute
+        result = b.submit("a")
+        await eventually(lambda: b.batcher.statistics().in_flight)
+        await settle()
+        result.cancel()
+        await settle()
+        assert b.batcher.statistics().in_flight == 1  # its credit is not free
+        gate.set()
+        await eventually(lambda: b.batcher.statistics().in_flight == 0)
+        b.batcher._execute = good
+        await still_serves(b)
+
+
 # Closing
 
 
@@ -502,13 +922,13 @@ async def test_every_item_has_exactly_one_outcome(seed: int) -> None:
     chance = random.Random(seed)
     computed: list[int] = []
 
-    async def execute(batch: Sequence[int], deadline: float) -> Sequence[int]:
+    async def execute(batch: Sequence[int], deadline: float) -> Computed[int]:
         computed.extend(batch)
         for _ in range(chance.randrange(4)):
             await asyncio.sleep(0)
         if chance.random() < 0.2:
             raise InvalidTensorError("now and then")
-        return [-value for value in batch]
+        return Computed([-value for value in batch])
 
     limits = BatchLimits(max_batch_tokens=20, max_wait_s=0.001, max_in_flight=2)
     batcher: Batcher[int, int] = Batcher(execute, limits, QueueLimits(max_tokens=150, max_items=40))

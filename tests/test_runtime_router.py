@@ -291,7 +291,8 @@ async def test_statistics_are_plain_values(decoder_folder: Path, layer_folder: P
     assert statistics["engine"]["queue"]["tokens"] == 0
     # 3 tokens in one layer; then two steps of two layers, the first with 4 tokens and one for its last.
     assert statistics["dispatch"]["dispatches"] == 5
-    assert sum(statistics["dispatch"]["expert_pairs"]) == 2 * (3 + 4 + 1 + 1 + 1)
+    assert sum(router.dispatcher.statistics().expert_pairs) == 2 * (3 + 4 + 1 + 1 + 1)
+    assert "expert_pairs" not in statistics["dispatch"]
     assert router.busy_s() > 0
     assert start(layer_folder).statistics()["engine"] is None
 

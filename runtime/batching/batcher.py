@@ -10,41 +10,85 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from functools import partial
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
-from ..errors import DeadlineExceededError, PimoeError, RequestCancelledError
-from .policy import BatchLimits, CloseReason, QueueView, decide, virtual_deadline
-from .queue import PriorityQueue, QueueItem, QueueLimits, QueueStatistics
+from ..errors import DeadlineExceededError, InvalidRequestError, PimoeError, RequestCancelledError
+from ..histogram import TOKENS, Histogram
+from .books import QueueStatistics
+from .downstream import Downstream, Flight
+from .limits import QueueLimits
+from .overload import OverloadControl
+from .policy import BatchLimits, CloseReason, Load, QueueView, decide, sort_key
+from .queue import PriorityQueue, QueueItem
+from .rates import DecayingRate
 
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
 
+
+class Computed(NamedTuple, Generic[R]):
+    """One batch's results, in the order of its values; and the tokens of its most loaded expert, on which its time
+    depends."""
+
+    results: Sequence[R]
+    largest_expert_tokens: int = 0
+
+
 # Computes one batch: values of one group and the latest of their deadlines (`loop.time()`).
-Execute = Callable[[Sequence[T], float], Awaitable[Sequence[R]]]
+Execute = Callable[[Sequence[T], float], Awaitable[Computed[R]]]
 
 
 class BatcherStatistics(NamedTuple):
-    """The queue, batches in flight, and since start: batches, tokens in them, batches by close reason."""
+    """The queue, batches in flight, and since start: batches, tokens in them, batches by close reason and by size;
+    the latency model, the bound of batches that it or `AimdLimit` sets, and how busy downstream was lately."""
 
     queue: QueueStatistics
     in_flight: int
     batches: int
     tokens: int
     closed: dict[str, int]
+    sizes: dict[str, Any]
+    latency: dict[str, Any]
+    max_batch_tokens: int
+    utilisation: float
+
+    def as_plain(self) -> dict[str, Any]:
+        """Plain values for the status page."""
+        return {**self._asdict(), "queue": self.queue._asdict()}
 
 
 class _Entry(Generic[T, R]):
-    """A value and the future its caller waits on."""
+    """A value and the future its caller waits on; and the task of its batch, once it is in one."""
 
     def __init__(self, value: T, result: asyncio.Future[R]) -> None:
         self.value = value
         self.result = result
+        self.batch: _Batch[T, R] | None = None
 
     def fail(self, error: Exception) -> None:
         if not self.result.done():
             self.result.set_exception(error)
+
+
+_Item = QueueItem[_Entry[T, R]]
+
+
+class _Batch(Generic[T, R]):
+    """A batch that was dispatched."""
+
+    def __init__(self, items: list[_Item[T, R]], flight: Flight) -> None:
+        self.items = items
+        self.flight = flight
+        self.task: asyncio.Task[None] | None = None
+        self._callers = len(items)
+
+    def leave(self) -> None:
+        """One of its callers goes, with or without a result: when all have, nobody needs it any more."""
+        self._callers -= 1
+        if self._callers == 0 and self.task is not None:
+            self.task.cancel()
 
 
 class Batcher(Generic[T, R]):
@@ -62,8 +106,10 @@ class Batcher(Generic[T, R]):
         queue_limits: QueueLimits,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        self.limits = limits
+        self._limits = limits
         self.queue: PriorityQueue[_Entry[T, R]] = PriorityQueue(queue_limits)
+        self.downstream = Downstream(limits.max_batch_tokens)
+        self._overload = OverloadControl(self.queue, lambda item: item.tokens)
         self._execute = execute
         self._clock = clock or time.monotonic
         self._wake = asyncio.Event()
@@ -72,6 +118,18 @@ class Batcher(Generic[T, R]):
         self._draining = self._closing = False
         self._batches = self._tokens = 0
         self._closed: collections.Counter[str] = collections.Counter()
+        self._sizes = Histogram(TOKENS)
+        self._arrivals = DecayingRate()
+
+    @property
+    def limits(self) -> BatchLimits:
+        """The bounds; may be set while serving, and hold at once."""
+        return self._limits
+
+    @limits.setter
+    def limits(self, limits: BatchLimits) -> None:
+        self._limits = limits
+        self._wake.set()
 
     def start(self) -> None:
         """Begin to form batches."""
@@ -99,42 +157,80 @@ class Batcher(Generic[T, R]):
     def statistics(self) -> BatcherStatistics:
         """See `BatcherStatistics`."""
         return BatcherStatistics(
-            self.queue.statistics(), len(self._running), self._batches, self._tokens, dict(self._closed)
+            queue=self.queue.statistics(),
+            in_flight=len(self._running),
+            batches=self._batches,
+            tokens=self._tokens,
+            closed=dict(self._closed),
+            sizes=self._sizes.snapshot(),
+            latency=self.downstream.latency.snapshot(),
+            max_batch_tokens=self._max_tokens(),
+            utilisation=self.downstream.utilisation(self._clock()),
         )
 
     async def submit(self, value: T, tokens: int, priority: float, timeout_s: float, group: Hashable = None) -> R:
-        """Queue one item and wait for its result. Cancelling the caller frees its place at once.
+        """Queue one item and wait for its result. Cancelling the caller frees its place at once, and ends its
+        batch when all callers of that have left.
 
         Raises:
-            OverloadedError: the queue is full, or the item was shed for more important work.
-            DeadlineExceededError: `timeout_s` ran out.
+            InvalidRequestError: `tokens` is not at least 1.
+            OverloadedError: the queue is full, or too long for the item's time, or the item was shed for more
+                important work.
+            DeadlineExceededError: `timeout_s` ran out, or is too short for the item to be computed.
             RequestCancelledError: the batcher was closed.
             PimoeError: what `execute` raised.
         """
         if self._closing:
             raise _shutting_down()
+        if tokens < 1:
+            raise InvalidRequestError(f"{tokens} tokens; there must be at least one")
+        entry, item = self._new_item(value, tokens, priority, timeout_s, group)
+        if self._is_hopeless(item):
+            raise self.queue.refusal(item, "more waits before this request than can be done in its time")
+        self.queue.push(item)
+        self._arrivals.add(1, item.arrival)
+        self._wake.set()
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await entry.result
+        except TimeoutError:
+            self.queue.expire(max(self._clock(), item.deadline))  # so it is counted, and not as cancelled below
+            raise DeadlineExceededError("the request's time ran out") from None
+        finally:
+            self.queue.cancel(item)
+            if not entry.result.cancel() and not entry.result.cancelled():
+                entry.result.exception()  # seen, even if the caller was cancelled in the same instant
+            if entry.batch is not None:
+                entry.batch.leave()
+
+    def _new_item(
+        self, value: T, tokens: int, priority: float, timeout_s: float, group: Hashable
+    ) -> tuple[_Entry[T, R], _Item[T, R]]:
         now = self._clock()
-        result: asyncio.Future[R] = asyncio.get_running_loop().create_future()
-        entry = _Entry(value, result)
+        deadline = now + timeout_s
+        latency = self.downstream.latency
+        entry: _Entry[T, R] = _Entry(value, asyncio.get_running_loop().create_future())
         item = QueueItem(
             value=entry,
             tokens=tokens,
             priority=priority,
             arrival=now,
-            deadline=now + timeout_s,
-            key=virtual_deadline(now, now + timeout_s, priority, self.limits),
+            deadline=deadline,
+            key=sort_key(self.queue.limits, self._limits, now, deadline, priority, latency.predict_s(tokens)),
             fail=entry.fail,
             group=group,
+            service_s=latency.least_s(tokens) if self.queue.limits.prioritised else 0.0,
         )
-        self.queue.push(item)
-        self._wake.set()
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await result
-        except TimeoutError:
-            raise DeadlineExceededError("the request's time ran out") from None
-        finally:
-            self.queue.cancel(item)
+        return entry, item
+
+    def _is_hopeless(self, item: _Item[T, R]) -> bool:
+        """Whether what is served before an item surely takes longer than it has: better told at once than after
+        all its time. By what full batches take, since a rate measured during a standstill would turn all away."""
+        if not self._is_backlogged():
+            return False
+        full_s = self.downstream.latency.predict_s(self._max_tokens())
+        batches_ahead = self.queue.tokens_ahead(item.rank) // self._max_tokens()
+        return self.downstream.free_at(item.arrival) + batches_ahead * full_s + item.service_s > item.deadline
 
     async def _run(self) -> None:
         while True:
@@ -149,51 +245,126 @@ class Batcher(Generic[T, R]):
         """Dispatch every batch that closes now; when to look again."""
         while True:
             now = self._clock()
-            self.queue.expire(now)
-            if len(self._running) >= self.limits.max_in_flight:
+            self._expire(now)
+            if len(self._running) >= self._limits.max_in_flight:
                 return math.inf  # a completion wakes us; until then it would be formed in vain
-            batch, left_behind = self.queue.peek_batch(self.limits.max_batch_tokens)
+            if (hold_until := self._hold_until(now)) > now:
+                return hold_until
+            batch, left_behind = self._compose(now)
             if not batch:
                 return math.inf
-            view = QueueView(
-                tokens=sum(item.tokens for item in batch),
-                next_does_not_fit=left_behind,
-                oldest_arrival=min(item.arrival for item in batch),
-                latest_start=min(item.deadline for item in batch) - self.limits.service_margin_s,
-            )
-            decision = decide(view, now, len(self._running), self.limits, self._draining)
+            view = self._view(batch, left_behind, now)
+            in_flight = len(self._running)
+            load = self._load(view.tokens, now) if in_flight else None
+            decision = decide(view, now, in_flight, self._limits, self._draining, load)
             if decision.reason is None:
                 return decision.wake_at
-            self._dispatch(batch, view.tokens, decision.reason)
+            self._dispatch(batch, view.tokens, decision.reason, now)
 
-    def _dispatch(self, batch: list[QueueItem[_Entry[T, R]]], tokens: int, reason: CloseReason) -> None:
-        self.queue.take(batch)
+    def _expire(self, now: float) -> None:
+        """Fail what cannot make its deadline. While more waits than a batch holds, that is also what could make it
+        only in a smaller batch: to shrink batches for the latest is to lose the throughput that all others need
+        (early drop: Shen et al., Nexus, SOSP 19)."""
+        start = now
+        if self._is_backlogged():
+            latency, max_tokens = self.downstream.latency, self._max_tokens()
+            start = self.downstream.free_at(now) + latency.predict_s(max_tokens) - latency.predict_s(1)
+        self.queue.expire(start)
+
+    def _hold_until(self, now: float) -> float:
+        """Batches are bound as late as downstream does not notice."""
+        if self._draining or not self.queue.limits.prioritised:
+            return now
+        return self.downstream.hold_until(now)
+
+    def _is_backlogged(self) -> bool:
+        return self.queue.limits.prioritised and self.queue.head_group_tokens() > self._max_tokens()
+
+    def _compose(self, now: float) -> tuple[list[_Item[T, R]], bool]:
+        """The batch that would be taken now, and whether something stayed behind for lack of room."""
+        max_tokens = self._max_tokens()
+        if not self._is_backlogged():
+            batch, left = self.queue.peek_batch(max_tokens, partial(self._in_time, now), now)
+            self._overload.calm()
+            return batch, left is not None
+        batch, left = self.queue.peek_batch(max_tokens, now=now)
+        latency = self.downstream.latency
+        service_s = latency.predict_s(max_tokens) or latency.mean_s
+        return self._overload.compose(batch, left, max_tokens, now, service_s), left is not None
+
+    def _in_time(self, now: float, tokens: int, deadline: float) -> bool:
+        """Whether a batch of `tokens`, dispatched now, would be done by its earliest `deadline`."""
+        if tokens <= self._limits.min_batch_tokens or not self.queue.limits.prioritised:
+            return True
+        return self._needed_s(now, tokens) <= deadline - now
+
+    def _needed_s(self, now: float, tokens: int) -> float:
+        """How long before its deadline a batch must be dispatched."""
+        waits_s = self.downstream.free_at(now) - now
+        return waits_s + self.downstream.latency.predict_s(tokens) + self._limits.service_margin_s
+
+    def _max_tokens(self) -> int:
+        if not self.queue.limits.prioritised:
+            return self._limits.max_batch_tokens
+        return self.downstream.max_tokens(self._limits)
+
+    def _view(self, batch: list[_Item[T, R]], left_behind: bool, now: float) -> QueueView:
+        tokens = sum(item.tokens for item in batch)
+        return QueueView(
+            tokens=tokens,
+            next_does_not_fit=left_behind or tokens >= self._max_tokens(),
+            oldest_arrival=min(item.arrival for item in batch),
+            latest_start=min(item.deadline for item in batch) - self._needed_s(now, tokens),
+        )
+
+    def _load(self, tokens: int, now: float) -> Load | None:
+        if self._arrivals.age_s(now) < self._limits.max_wait_s:
+            return None  # not even one wait's worth of arrivals has been seen
+        downstream = self.downstream
+        return Load(self._arrivals.per_s(now), downstream.utilisation(now), downstream.fixed_share(tokens))
+
+    def _dispatch(self, items: list[_Item[T, R]], tokens: int, reason: CloseReason, now: float) -> None:
+        self.queue.take(items, now)
         self._batches += 1
         self._tokens += tokens
         self._closed[reason] += 1
-        task = asyncio.create_task(self._compute(batch))
-        self._running.add(task)
-        task.add_done_callback(partial(self._completed, batch))
+        self._sizes.add(tokens)
+        spare_s = min(item.deadline - item.arrival for item in items)
+        batch = _Batch(items, self.downstream.dispatched(tokens, spare_s, now))
+        for item in items:
+            item.value.batch = batch
+        batch.task = asyncio.create_task(self._compute(batch))
+        self._running.add(batch.task)
+        batch.task.add_done_callback(partial(self._completed, batch))
 
-    def _completed(self, batch: list[QueueItem[_Entry[T, R]]], task: asyncio.Task[None]) -> None:
+    def _completed(self, batch: _Batch[T, R], task: asyncio.Task[None]) -> None:
         self._running.discard(task)
-        self._wake.set()
+        now = self._clock()
         if task.cancelled():  # perhaps before it began
-            for item in batch:
+            self.downstream.abandoned(batch.flight, now)
+            for item in batch.items:
                 item.value.fail(_shutting_down())
+        self.downstream.ended(batch.flight, now)
+        self._wake.set()
 
-    async def _compute(self, batch: list[QueueItem[_Entry[T, R]]]) -> None:
-        entries = [item.value for item in batch if not item.value.result.done()]
-        if not entries:
+    async def _compute(self, batch: _Batch[T, R]) -> None:
+        items = [item for item in batch.items if not item.value.result.done()]
+        if not items:
             return
+        entries = [item.value for item in items]
         try:
-            results = await self._execute([e.value for e in entries], max(item.deadline for item in batch))
+            latest = max(item.deadline for item in items)
+            results, largest = await self._execute([entry.value for entry in entries], latest)
             if len(results) != len(entries):  # before any is handed out: none is known to be its item's
                 raise PimoeError(f"a batch of {len(entries)} items got {len(results)} results")
             for entry, result in zip(entries, results, strict=True):
                 if not entry.result.done():
                     entry.result.set_result(result)
+            tokens = sum(item.tokens for item in items)
+            self.downstream.computed(batch.flight, tokens, largest, self._clock())
         except Exception as error:  # whatever the model raises is these items' outcome, never the batcher's
+            if isinstance(error, DeadlineExceededError):
+                self.downstream.abandoned(batch.flight, self._clock())
             if not isinstance(error, PimoeError):
                 _log.error("a batch failed", exc_info=error)
                 error = PimoeError(f"the batch failed: {type(error).__name__}")

@@ -11,13 +11,20 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from ..batching import BatchLimits, PriorityQueue, QueueItem, QueueLimits
-from ..batching.policy import virtual_deadline
-from ..batching.queue import QueueStatistics
+from ..batching import (
+    BatchLimits,
+    LatencyModel,
+    OverloadControl,
+    PriorityQueue,
+    QueueItem,
+    QueueLimits,
+    QueueStatistics,
+)
+from ..batching.policy import sort_key
 from ..errors import DeadlineExceededError, PimoeError, RequestCancelledError
 from ..model.decoder import Decoder, ForwardBatch, Segment
 from ..requests import GenerateRequest, TokenChunk, TokenLogprob
@@ -30,7 +37,8 @@ _log = logging.getLogger(__name__)
 
 
 class EngineStatistics(NamedTuple):
-    """The queue, what runs, the KV cache, and since start: steps, tokens prefilled, decoded; seconds of steps."""
+    """The queue, what runs, the KV cache, and since start: steps, tokens prefilled, decoded; seconds of steps. And
+    what was learnt of how long a step takes."""
 
     queue: QueueStatistics
     running: int
@@ -39,6 +47,11 @@ class EngineStatistics(NamedTuple):
     prefill_tokens: int
     decode_tokens: int
     step_s: float
+    latency: dict[str, Any]
+
+    def as_plain(self) -> dict[str, Any]:
+        """Plain values for the status page."""
+        return {**self._asdict(), "queue": self.queue._asdict()}
 
 
 class _Stream:
@@ -73,6 +86,9 @@ class Engine:
         bounds = (decoder.spec.max_context_tokens, limits.max_context_tokens, limits.max_kv_tokens)
         self.max_context_tokens = min(bound for bound in bounds if bound is not None)
         self.queue: PriorityQueue[_Stream] = PriorityQueue(queue_limits)
+        self.latency = LatencyModel(limits.max_step_tokens)
+        self._overload = OverloadControl(self.queue, lambda item: 1)
+        self._held_s = 0.0  # how long sequences lately ran, smoothed
         self.cache = decoder.new_cache(limits.max_sequences, self.max_context_tokens)
         # A config may name end tokens that its vocabulary lacks.
         vocab = decoder.spec.vocab_size
@@ -121,6 +137,7 @@ class Engine:
             self._prefill_tokens,
             self._decode_tokens,
             self._step_s,
+            self.latency.snapshot(),
         )
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
@@ -129,7 +146,7 @@ class Engine:
 
         Raises:
             ContextLengthError, InvalidRequestError: the request can never run here.
-            OverloadedError: the queue is full.
+            OverloadedError: the queue is full, or too long for the request's time, or it was shed.
             DeadlineExceededError: its time ran out.
             RequestCancelledError: the engine is closing.
         """
@@ -141,18 +158,10 @@ class Engine:
             if reason is not None:
                 yield TokenChunk((), reason)  # only the end had been lost
                 return
-        now = self._clock()
-        deadline = now + request.timeout_s
         stream = _Stream(request)
-        item = QueueItem(
-            value=stream,
-            tokens=len(request.prompt_token_ids),
-            priority=request.priority,
-            arrival=now,
-            deadline=deadline,
-            key=virtual_deadline(now, deadline, request.priority, self.batch_limits),
-            fail=stream.fail,
-        )
+        item = self._new_item(stream)
+        if self._is_hopeless(item):
+            raise self.queue.refusal(item, "more waits before this request than can be done in its time")
         self.queue.push(item)
         self._wake.set()
         # One timer for the whole request: one for each token costs a tenth of a large decode step. It is for steps
@@ -170,6 +179,34 @@ class Engine:
             timer.cancel()
             self.queue.cancel(item)
             self._abandon(stream)
+
+    def _new_item(self, stream: _Stream) -> QueueItem[_Stream]:
+        request = stream.request
+        now = self._clock()
+        deadline = now + request.timeout_s
+        tokens = len(request.prompt_token_ids) + len(request.emitted)
+        prefill_s = self.latency.predict_s(tokens)
+        # What was begun elsewhere already, and lost its router, is not put behind what was not.
+        priority = 1.0 if request.emitted else request.priority
+        return QueueItem(
+            value=stream,
+            tokens=tokens,
+            priority=priority,
+            arrival=now,
+            deadline=deadline,
+            key=sort_key(self.queue.limits, self.batch_limits, now, deadline, priority, prefill_s),
+            fail=stream.fail,
+            # Its first token at the least: what cannot have even that in time is not begun.
+            service_s=self.latency.least_s(tokens),
+        )
+
+    def _is_hopeless(self, item: QueueItem[_Stream]) -> bool:
+        """Whether those that are served before an item surely hold all places for longer than it has: better told
+        at once than after all its time."""
+        if len(self._running) < self.limits.max_sequences or item.value.request.emitted:
+            return False
+        rounds_ahead = self.queue.items_above(item.rank - 1) // self.limits.max_sequences
+        return rounds_ahead * self._held_s + item.service_s > item.deadline - item.arrival
 
     def _expire(self, stream: _Stream) -> None:
         stream.fail(DeadlineExceededError("the request's time ran out"))
@@ -221,21 +258,32 @@ class Engine:
 
     def _admit(self, now: float) -> None:
         self.queue.expire(now)
-        while (head := self.queue.head()) is not None:
-            request = head.value.request
-            reserved = len(request.prompt_token_ids) + request.sampling.max_tokens
-            if not can_admit(self._running, reserved, self.limits):
+        room = self.limits.max_sequences - len(self._running)
+        if room <= 0 or not len(self.queue):
+            return
+        first, left = self.queue.peek(room)
+        if not self._can_admit(first[0]):
+            return  # nobody is given up for a place that the first cannot take
+        for item in self._overload.compose(first, left, room, now, self._held_s):
+            stream, request = item.value, item.value.request
+            if not self._can_admit(item):
                 return
-            stream = self.queue.pop().value
+            self.queue.take([item], now)
             generation = Generation(
                 request=request,
                 slot=self.cache.allocate(),
-                deadline=head.deadline,
+                deadline=item.deadline,
                 tokens=[*request.prompt_token_ids, *request.emitted],
+                admitted=now,
             )
             stream.generation = generation
             self._running.append(generation)
             self._streams[generation] = stream
+
+    def _can_admit(self, item: QueueItem[_Stream]) -> bool:
+        request = item.value.request
+        reserved = len(request.prompt_token_ids) + request.sampling.max_tokens
+        return can_admit(self._running, reserved, self.limits)
 
     async def _compute(self, items: Sequence[StepItem]) -> torch.Tensor:
         token_ids: list[int] = []
@@ -251,11 +299,14 @@ class Engine:
         # Readers leave at their own deadlines; the step goes on for the last of them. On the loop's clock.
         remaining_s = max(item.generation.deadline for item in items) - self._clock()
         experts = self.dispatcher.until(asyncio.get_running_loop().time() + remaining_s)
+        started = self._clock()
         self._computing = asyncio.ensure_future(self.decoder.forward(batch, self.cache, experts))
         try:
-            return await self._computing
+            logits = await self._computing
         finally:
             self._computing = None
+        self.latency.observe(len(token_ids), experts.largest_expert_tokens, self._clock() - started)
+        return logits
 
     def _hand_out(self, items: Sequence[StepItem], logits: torch.Tensor) -> None:
         sampling = [item.generation for item in items if item.samples]
@@ -293,5 +344,7 @@ class Engine:
     def _remove_finished(self) -> None:
         for generation in [g for g in self._running if g.finished]:
             self._running.remove(generation)
+            held_s = self._clock() - generation.admitted
+            self._held_s += (held_s - self._held_s) * (0.1 if self._held_s else 1.0)
             del self._streams[generation]
             self.cache.free(generation.slot)

@@ -48,6 +48,7 @@ class Generation:
     Attributes:
         tokens: prompt, then what was generated.
         computed: how many of them are in the KV cache.
+        admitted: when it began to run, on the engine's clock.
     """
 
     request: GenerateRequest
@@ -55,6 +56,7 @@ class Generation:
     deadline: float
     tokens: list[int]
     computed: int = 0
+    admitted: float = 0.0
     finished: bool = field(default=False)
 
     @property

@@ -10,8 +10,10 @@ from ..generation.scheduler import EngineLimits
 
 @dataclass(frozen=True, slots=True)
 class RouterLimits:
-    """Batching of tensors, the queue in front of it and of the engine, and generation."""
+    """Batching of tensors, the queue in front of it and of the engine, and generation; and whether statistics name
+    single experts."""
 
     batching: BatchLimits = field(default_factory=BatchLimits)
     queue: QueueLimits = field(default_factory=QueueLimits)
     engine: EngineLimits = field(default_factory=EngineLimits)
+    per_expert_metrics: bool = False

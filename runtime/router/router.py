@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batching import Batcher, BatchLimits
+from ..batching import Batcher, BatchLimits, Computed, QueueLimits
 from ..errors import InvalidRequestError, InvalidTensorError, UnavailableError
 from ..generation.engine import Engine
 from ..model.decoder import Decoder
@@ -118,16 +118,16 @@ class Router:
             raise InvalidTensorError(f"hidden states hold NaN, Inf or numbers out of {self.model.dtype}'s range")
         return hidden
 
-    async def _run_layer(self, batch: Sequence[tuple[int, Tensor]], deadline: float) -> Sequence[Tensor]:
+    async def _run_layer(self, batch: Sequence[tuple[int, Tensor]], deadline: float) -> Computed[Tensor]:
         layer = batch[0][0]
         sizes = [len(hidden) for _, hidden in batch]
         started = time.monotonic()
         with torch.inference_mode():
             hidden = batch[0][1] if len(batch) == 1 else torch.cat([hidden for _, hidden in batch])
             routing = self.gates[layer](hidden)
-        output = await self.dispatcher.run(layer, hidden, routing, deadline)
+        output, largest = await self.dispatcher.run_counted(layer, hidden, routing, deadline)
         self._layer_s += time.monotonic() - started
-        return torch.split(output, sizes)
+        return Computed(torch.split(output, sizes), largest)
 
     def set_batch_limits(self, limits: BatchLimits) -> None:
         """Change the bounds of batching while serving; what is queued keeps its place."""
@@ -135,6 +135,13 @@ class Router:
         self.batcher.limits = limits
         if self.engine is not None:
             self.engine.batch_limits = limits
+
+    def set_queue_limits(self, limits: QueueLimits) -> None:
+        """Change the bounds of the queues while serving; what waits already is not turned away."""
+        self.limits = replace(self.limits, queue=limits)
+        self.batcher.queue.limits = limits
+        if self.engine is not None:
+            self.engine.queue.limits = limits
 
     def check(self) -> None:
         """Raises: UnavailableError when a loop has ended, so that nothing would be answered any more."""
@@ -149,10 +156,8 @@ class Router:
 
     def statistics(self) -> dict[str, Any]:
         """Everything countable, as plain values."""
-        engine = self.engine.statistics() if self.engine is not None else None
-        batcher = self.batcher.statistics()
         return {
-            "batcher": {**batcher._asdict(), "queue": batcher.queue._asdict()},
-            "engine": None if engine is None else {**engine._asdict(), "queue": engine.queue._asdict()},
-            "dispatch": self.dispatcher.statistics()._asdict(),
+            "batcher": self.batcher.statistics().as_plain(),
+            "engine": None if self.engine is None else self.engine.statistics().as_plain(),
+            "dispatch": self.dispatcher.statistics().as_plain(self.limits.per_expert_metrics),
         }

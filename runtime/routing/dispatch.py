@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -30,13 +30,25 @@ class GroupBackend(Protocol):
 
 class DispatchStatistics(NamedTuple):
     """Since start: layers dispatched, rows sent to each group, pairs of token and expert computed for each
-    expert, seconds spent waiting for groups. Expert counts are sums over requests: single ones would tell of
-    prompts (arXiv 2602.04105)."""
+    expert, seconds spent waiting for groups."""
 
     dispatches: int
     group_rows: tuple[int, ...]
     expert_pairs: tuple[int, ...]
     waiting_s: float
+
+    def as_plain(self, per_expert: bool) -> dict[str, Any]:
+        """Plain values for the status page. Single experts only where asked for: what each was given tells of
+        prompts (arXiv 2602.04105), however it is summed, when few requests run."""
+        plain = {**self._asdict(), "imbalance_ratio": self._imbalance()}
+        if not per_expert:
+            del plain["expert_pairs"]
+        return plain
+
+    def _imbalance(self) -> float:
+        """Pairs of the most loaded expert over the mean; 1 is even."""
+        total = sum(self.expert_pairs)
+        return max(self.expert_pairs) * len(self.expert_pairs) / total if total else 1.0
 
 
 class Dispatcher:
@@ -63,21 +75,32 @@ class Dispatcher:
 
         Raises: as `GroupBackend.run`. The other groups' work is cancelled then.
         """
+        output, _ = await self.run_counted(layer, hidden, routing, deadline)
+        return output
+
+    async def run_counted(
+        self, layer: int, hidden: Tensor, routing: Routing, deadline: float
+    ) -> tuple[Tensor, int]:
+        """As `run`, and the tokens of the most loaded expert, on which the time depends."""
         plans = plan_dispatch(routing, self.placement)
-        self._count(plans)
+        largest = self._count(plans)
         calls = [self.groups[plan.group].run(layer, plan.take(hidden), deadline) for plan in plans]
         started = time.monotonic()
         partials = await gather_or_cancel(calls)
         self._waiting_s += time.monotonic() - started
         with torch.inference_mode():
-            return combine(plans, partials, hidden)
+            return combine(plans, partials, hidden), largest
 
-    def _count(self, plans: Sequence[GroupPlan]) -> None:
+    def _count(self, plans: Sequence[GroupPlan]) -> int:
         self._dispatches += 1
+        largest = 0
         for plan in plans:
             pairs = self._group_pairs[plan.group]
-            pairs += np.bincount(plan.experts, minlength=len(pairs))
+            counts = np.bincount(plan.experts, minlength=len(pairs))
+            pairs += counts
+            largest = max(largest, int(counts.max()))
             self._group_rows[plan.group] += len(plan.offsets) - 1
+        return largest
 
     def statistics(self) -> DispatchStatistics:
         """See `DispatchStatistics`."""
@@ -89,12 +112,19 @@ class Dispatcher:
 
 
 class BoundDispatch:
-    """A dispatcher with a deadline: what `Decoder.forward` calls once per MoE layer."""
+    """A dispatcher with a deadline: what `Decoder.forward` calls once per MoE layer.
+
+    Attributes:
+        largest_expert_tokens: of the most loaded expert in any layer so far.
+    """
 
     def __init__(self, dispatcher: Dispatcher, deadline: float) -> None:
         self._dispatcher = dispatcher
         self._deadline = deadline
+        self.largest_expert_tokens = 0
 
     async def __call__(self, layer: int, hidden: Tensor, routing: Routing) -> Tensor:
         """See `Dispatcher.run`."""
-        return await self._dispatcher.run(layer, hidden, routing, self._deadline)
+        output, largest = await self._dispatcher.run_counted(layer, hidden, routing, self._deadline)
+        self.largest_expert_tokens = max(self.largest_expert_tokens, largest)
+        return output
