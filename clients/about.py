@@ -1,4 +1,4 @@
-"""What a server says of itself: models, status, health."""
+"""What a server says of itself: models, status, health; and what an operator may tell it: to flush its cache."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from .calls import Caller, Deadline
+from .calls import Answer, Caller, Deadline
 from .errors import ConnectionFailed, DeadlineExceededError, PimoeClientError, ProtocolError
 from .transport import HttpRequest
 
@@ -41,7 +41,29 @@ async def get_json(caller: Caller, path: str, deadline: Deadline) -> dict[str, A
     Raises:
         ProtocolError: it is none.
     """
-    answer = await caller.call(lambda _: HttpRequest("GET", path), deadline)
+    return _object(await caller.call(lambda _: HttpRequest("GET", path), deadline))
+
+
+async def flush_cache(caller: Caller, model: str | None, tenant: str | None, deadline: Deadline) -> dict[str, Any]:
+    """Forget stored answers of a model, of a tenant, of both, or all. May be sent again.
+
+    Returns:
+        `flushed`: answers forgotten in memory; `gateways`: how many were asked; `second_level`: None without one,
+        else `{"deleted": ...}`.
+
+    Raises:
+        UnavailableError: some part was not reached; flush again.
+        ModelNotFoundError: the server has no such model.
+        ProtocolError: what answers is no pimoe server.
+    """
+    scope = {"scope": "all" if model is None else "model"} if tenant is None else {"scope": "tenant"}
+    given = {name: value for name, value in (("model", model), ("tenant", tenant)) if value is not None}
+    body = json.dumps({**scope, **given}).encode()
+    request = HttpRequest("POST", "/admin/cache/flush", {"Content-Type": "application/json"}, (body,))
+    return _object(await caller.call(lambda _: request, deadline))
+
+
+def _object(answer: Answer) -> dict[str, Any]:
     try:
         value = json.loads(answer.body)
     except ValueError:

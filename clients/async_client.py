@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from numpy.typing import NDArray
 
-from .about import Health, get_health, get_json, get_models
+from .about import Health, flush_cache, get_health, get_json, get_models
 from .aiohttp_transport import AiohttpTransport
 from .calls import Caller, Deadline
 from .errors import InvalidRequestError, ModelNotFoundError, PimoeClientError, ProtocolError
@@ -241,6 +241,10 @@ class AsyncClient:
     async def status(self) -> dict[str, Any]:
         """What runs where: model, expert groups and their replicas, routers, gateways, queue and cache."""
         return await get_json(self._caller, "/admin/status", self._deadline(None))
+
+    async def flush_cache(self, *, model: str | None = None, tenant: str | None = None) -> dict[str, Any]:
+        """Makes the server forget stored answers of a model, a tenant, both, or all. See `about.flush_cache`."""
+        return await flush_cache(self._caller, model, tenant, self._deadline(None))
 
     async def health(self) -> Health:
         """Whether the server answers, and whether every expert group has a live replica. Never raises for a

@@ -24,7 +24,8 @@ class GenerateOptions(TypedDict, total=False):
       equal tokens.
     - `stop`: texts, and `stop_token_ids`: tokens, at which to end. `ignore_eos`: do not end at the model's own.
     - `logprobs`: how many alternatives to report for each token; 0 reports the chosen one only.
-    - `priority`: 0 to 1, 1 is most urgent. `timeout_s`: for the whole call, retries included.
+    - `priority`: 0 to 1, 1 is most urgent; or "interactive" (1), "default" (0.5), "batch" (0). `timeout_s`: for
+      the whole call, retries included.
     - `cache`: False neither looks the answer up nor keeps it.
     - `extra_body`: further fields of the request body.
     """
@@ -40,7 +41,7 @@ class GenerateOptions(TypedDict, total=False):
     stop_token_ids: Sequence[int] | None
     logprobs: int | None
     ignore_eos: bool | None
-    priority: float | None
+    priority: float | str | None
     timeout_s: float | None
     cache: bool | None
     extra_body: Mapping[str, Any] | None

@@ -28,12 +28,13 @@ class InferOptions(TypedDict, total=False):
     """Keyword arguments of `infer` and `infer_many`. One left out, or None, is the server's to choose.
 
     - `layer`: index of the MoE layer; the model's first one unless given.
-    - `priority`: 0 to 1, 1 is most urgent. `timeout_s`: for the whole call, retries included.
+    - `priority`: 0 to 1, 1 is most urgent; or "interactive" (1), "default" (0.5), "batch" (0). `timeout_s`: for
+      the whole call, retries included.
     - `cache`: False neither looks the result up nor keeps it.
     """
 
     layer: int | None
-    priority: float | None
+    priority: float | str | None
     timeout_s: float | None
     cache: bool | None
 
@@ -52,7 +53,7 @@ class InferOperation:
 
     array: NDArray[Any]
     layer: int | None = None
-    priority: float | None = None
+    priority: float | str | None = None
     timeout_s: float | None = None
     cache: bool | None = None
 

@@ -138,6 +138,10 @@ class Client:
         """See `AsyncClient.status`."""
         return self._thread.run(self._client.status())
 
+    def flush_cache(self, *, model: str | None = None, tenant: str | None = None) -> dict[str, Any]:
+        """See `AsyncClient.flush_cache`."""
+        return self._thread.run(self._client.flush_cache(model=model, tenant=tenant))
+
     def health(self) -> Health:
         """See `AsyncClient.health`."""
         return self._thread.run(self._client.health())

@@ -57,15 +57,14 @@ def build(args: AppSettings | dict[str, Any]) -> Application:
         groups=placed,
         limits=args.router.to_limits(),
     )
-    live = {"batching": args.router.batching.model_dump()}
+    live = {"batching": args.router.batching.model_dump(), "queue": args.router.queue.model_dump()}
     router_app = _deployment(RouterReplica, "router", args, args.router, live).bind(
         router_config, links, list(group_apps.values())
     )
-    gateway_config = GatewayConfig(folder, placed, args.gateway.to_api(), args.gateway.cache.to_limits())
     ingress = serve.ingress()(GatewayReplica)
-    live = {"cache": args.gateway.cache.model_dump()}
+    live = {"cache": args.gateway.cache.live()}
     gateway = _deployment(ingress, "gateway", args, args.gateway, live, _INGRESS_ENVIRONMENT)
-    return cast(Application, gateway.bind(gateway_config, links, router_app, group_apps))
+    return cast(Application, gateway.bind(_gateway_config(args, placed), links, router_app, group_apps))
 
 
 # The ingress does nothing that blocks, and a hop between threads would cost it a third of its requests/s.
@@ -92,6 +91,19 @@ def plan_groups(args: AppSettings) -> list[tuple[str, tuple[int, ...], GroupSett
         (f"group-{index}", experts, group)
         for index, (experts, group) in enumerate(zip(placement.groups, settings, strict=True))
     ]
+
+
+def _gateway_config(args: AppSettings, placed: tuple[tuple[str, tuple[int, ...]], ...]) -> GatewayConfig:
+    cache = args.gateway.cache
+    return GatewayConfig(
+        folder=str(args.folder),
+        groups=placed,
+        api=args.gateway.to_api(),
+        cache=cache.to_limits(),
+        second_level=cache.to_second_level(),
+        share_tenants=cache.share_tenants,
+        prefetch=cache.to_prefetch(),
+    )
 
 
 def _link_config(args: AppSettings) -> LinkConfig:

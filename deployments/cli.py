@@ -24,6 +24,7 @@ from ..runtime.embedded import CHECKPOINT
 from ..runtime.embedded.evaluate import MAX_ANSWER_TOKENS, Answer, SkillScore, evaluate
 from ..runtime.errors import ConfigurationError, PimoeError
 from ..runtime.requests import GenerateRequest, SamplingParams
+from .cache_commands import cache_cli
 from .local_settings import local_settings
 from .processes import supervise
 from .settings import AppSettings
@@ -38,6 +39,8 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
+
+cli.add_typer(cache_cli, name="cache")
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -233,19 +236,18 @@ def build(
 
 
 @cli.command()
-def status(url: UrlOption = DEFAULT_URL) -> None:
-    """Show what runs where in a running application."""
-    from .demo import placement_table
+def status(
+    url: UrlOption = DEFAULT_URL,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on showing it until Ctrl-C.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+) -> None:
+    """Show what runs where, what waits and what the cache did in a running application."""
+    from .status_view import show_status, watch_status
 
     with Client(url) as client:
-        report = client.status()
-    console.print(placement_table(report))
-    queue, cache = report["queue"], report["cache"]
-    console.print(
-        f"waiting: {queue.get('items', 0)} requests, {queue.get('tokens', 0)} tokens; cache: "
-        f"{cache.get('entries', 0)} entries, {cache.get('hits', 0)} hits, {cache.get('misses', 0)} misses",
-        highlight=False,
-    )
+        if watch:
+            watch_status(client, console, interval)
+        show_status(client, console)
 
 
 @cli.command(name="evaluate")

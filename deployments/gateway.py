@@ -3,28 +3,45 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ray import serve
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..runtime.caching import CachedBackend, CacheLimits, ResultCache
+from ..runtime.caching import (
+    BypassReason,
+    CachedBackend,
+    CachedStatistics,
+    CacheLimits,
+    Prefetcher,
+    PrefetchLimits,
+    RedisLevel,
+    RedisLimits,
+    ResultCache,
+    Serving,
+)
+from ..runtime.errors import UnavailableError
 from ..runtime.model.tokenizer import Tokenizer
 from ..runtime.requests import GenerateAnswer, GenerateRequest, InferAnswer, InferRequest, ModelInfo
 from ..runtime.router.client import RouterClient
 from .api.app import create_app
 from .api.context import ApiSettings
-from .metrics import GatewayMetrics, render
+from .metrics import GatewayMetrics
+from .metrics_page import render
 from .replica import LinkConfig, describe_all, identity, make_pool
 from .settings import CacheSettings
+from .totals import add_up
 
 _log = logging.getLogger(__name__)
 
 _PAGE_TIMEOUT_S = 2.0  # well below the time that Prometheus gives a scrape
+_FLUSH_ATTEMPTS = 4
+_FLUSH_PAUSE_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +52,9 @@ class GatewayConfig:
     groups: tuple[tuple[str, tuple[int, ...]], ...]  # name and experts of each
     api: ApiSettings
     cache: CacheLimits
+    second_level: RedisLimits | None = None
+    share_tenants: bool = False
+    prefetch: PrefetchLimits = field(default_factory=PrefetchLimits)
 
 
 class GatewayReplica:
@@ -51,7 +71,18 @@ class GatewayReplica:
         self._groups = config.groups
         self._last_seen: dict[str, list[dict[str, Any]]] = {}
         self._pool = make_pool("router", router_handle, links)
-        self._cache = CachedBackend(RouterClient(self._pool), ResultCache(config.cache))
+        self._second = None if config.second_level is None else RedisLevel(config.second_level)
+        self._cache = CachedBackend(
+            RouterClient(self._pool),
+            ResultCache(config.cache),
+            self._second,
+            Serving(_tokenizer_digest(Path(config.folder)), tuple(experts for _, experts in config.groups)),
+            config.share_tenants,
+        )
+        self._prefetcher = Prefetcher(
+            config.prefetch, self._cache.warm, self._cache.is_idle, self._cache.cache.__contains__
+        )
+        self._cache.watcher = self._prefetcher
         self._metrics = GatewayMetrics()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -63,13 +94,13 @@ class GatewayReplica:
         """See `GatewayContext`."""
         return self._cache.model
 
-    async def infer(self, request: InferRequest, use_cache: bool) -> InferAnswer:
+    async def infer(self, request: InferRequest, bypass: BypassReason | None) -> InferAnswer:
         """See `GatewayContext`."""
-        return await self._cache.infer(request, use_cache)
+        return await self._cache.infer(request, bypass)
 
-    async def generate(self, request: GenerateRequest, use_cache: bool) -> GenerateAnswer:
+    async def generate(self, request: GenerateRequest, bypass: BypassReason | None) -> GenerateAnswer:
         """See `GatewayContext`."""
-        return await self._cache.generate(request, use_cache)
+        return await self._cache.generate(request, bypass)
 
     async def ready(self) -> bool:
         """Whether a router is linked that has links to every group; as of the last discovery, about a second."""
@@ -92,7 +123,7 @@ class GatewayReplica:
             "routers": routers,
             "gateways": gateways,
             "queue": _sum_queues(routers),
-            "cache": _sum([gateway["cache"] for gateway in gateways]),
+            "cache": add_up([gateway["cache"] for gateway in gateways]),
         }
 
     async def _describe(self, name: str, handle: Any) -> list[dict[str, Any]]:
@@ -105,6 +136,39 @@ class GatewayReplica:
             return [{**replica, "state": "unknown"} for replica in self._last_seen.get(name, [])]
         return self._last_seen[name]
 
+    async def flush_cache(self, model: str | None, tenant: str | None) -> dict[str, Any]:
+        """See `GatewayContext`. The second level comes first: a gateway that was flushed must find nothing old
+        there to fill itself with."""
+        missed = None
+        second_level: dict[str, int] | None = None
+        if self._second is not None:
+            try:
+                second_level = {"deleted": await self._second.flush(model, tenant)}
+            except UnavailableError as error:
+                missed = error
+        flushed = await self._flush_gateways(model, tenant)
+        if missed is not None:
+            raise UnavailableError(f"the gateways are flushed, but {missed.message}; ask again", None, 1.0)
+        return {"flushed": sum(flushed), "gateways": len(flushed), "second_level": second_level}
+
+    async def _flush_gateways(self, model: str | None, tenant: str | None) -> list[int]:
+        """How many answers each gateway forgot; this one's are counted with the first."""
+        own = self.flush_memory(model, tenant)
+        for _ in range(_FLUSH_ATTEMPTS):
+            try:
+                response = _own_handle().broadcast("flush_memory", model, tenant)
+                first, *others = await asyncio.to_thread(response.results, timeout_s=_PAGE_TIMEOUT_S)
+            except Exception as error:  # all answer or none: one is dying, or hangs
+                _log.info("a flush did not reach every gateway: %s", error)
+                await asyncio.sleep(_FLUSH_PAUSE_S)
+            else:
+                return [own + first, *others]
+        raise UnavailableError("not every gateway answered the flush; ask again", None, _FLUSH_PAUSE_S)
+
+    def flush_memory(self, model: str | None, tenant: str | None) -> int:
+        """This gateway's part of a flush; called by broadcast."""
+        return self._cache.flush(model, tenant)
+
     async def metrics(self) -> tuple[bytes, str]:
         """See `GatewayContext`."""
         return render(await self.status())
@@ -113,22 +177,55 @@ class GatewayReplica:
         """For the status page; called by broadcast."""
         return {
             **identity([]),
-            "cache": self._cache.cache.statistics()._asdict(),
+            "cache": {
+                **_plain(self._cache.statistics()),
+                "prefetch": self._prefetcher.statistics()._asdict(),
+            },
             "routers": self._pool.statistics()._asdict(),
             "requests": self._metrics.snapshot(),
         }
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Live settings: `cache`, as in the application's settings. Also the moment to start the links: Serve
-        calls it once after the constructor, on the loop that requests run on."""
+        """Live settings: `cache`, as in the application's settings, but for its second level and tenants. Also the
+        moment to start the links: Serve calls it once after the constructor, on the loop that requests run on."""
         if "cache" in user_config:
-            self._cache.cache.limits = CacheSettings(**user_config["cache"]).to_limits()
+            settings = CacheSettings(**user_config["cache"])
+            self._cache.cache.limits = settings.to_limits()
+            if (prefetch := settings.to_prefetch()) != self._prefetcher.limits:
+                self._prefetcher.limits = prefetch
         await self._pool.start()
+        self._prefetcher.start()
 
     async def __del__(self) -> None:
         """Called by Serve when the replica is drained and stops."""
+        if hasattr(self, "_prefetcher"):
+            await self._prefetcher.close()
         if hasattr(self, "_pool"):
             await self._pool.close()
+        if hasattr(self, "_second") and self._second is not None:
+            await self._second.close()
+
+
+def _plain(statistics: CachedStatistics) -> dict[str, Any]:
+    """The first level's numbers by themselves, and with them what concerns both."""
+    second = statistics.second
+    return {
+        **statistics.memory._asdict(),
+        "outcomes": statistics.outcomes,
+        "bypass_reasons": statistics.bypass_reasons,
+        "superseded": statistics.superseded,
+        "second": None if second is None else second._asdict(),
+    }
+
+
+def _tokenizer_digest(folder: Path) -> str:
+    """Of the files that decide what a prompt's text means."""
+    digest = hashlib.sha256()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        file = folder / name
+        content = file.read_bytes() if file.exists() else b""
+        digest.update(f"{name} {file.exists()} {len(content)} ".encode() + content)
+    return digest.hexdigest()
 
 
 def _own_handle() -> Any:
@@ -150,14 +247,6 @@ def _leave_request_id_to_serve(app: ASGIApp) -> ASGIApp:
     return without
 
 
-def _sum(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    total: dict[str, Any] = {}
-    for part in parts:
-        for key, value in part.items():
-            total[key] = total.get(key, 0) + value
-    return total
-
-
 def _sum_queues(routers: list[dict[str, Any]]) -> dict[str, Any]:
     queues = []
     for router in routers:
@@ -165,4 +254,4 @@ def _sum_queues(routers: list[dict[str, Any]]) -> dict[str, Any]:
         queues.append(statistics["batcher"]["queue"])
         if statistics["engine"] is not None:
             queues.append(statistics["engine"]["queue"])
-    return _sum(queues)
+    return add_up(queues)

@@ -22,7 +22,7 @@ from ..runtime.routing.dispatch import Dispatcher
 from ..runtime.routing.plan import Placement
 from .autoscaling import LoadMeter
 from .replica import LinkConfig, choose_device, identity, listen, make_pool
-from .settings import BatchSettings
+from .settings import BatchSettings, QueueSettings
 
 _START_TIMEOUT_S = 60.0
 
@@ -90,10 +90,12 @@ class RouterReplica:
         return self._load.read(self._router.busy_s())
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Live settings: `batching`, as in the application's settings."""
+        """Live settings: `batching` and `queue`, as in the application's settings."""
+        later = self._thread.loop.call_soon_threadsafe
         if "batching" in user_config:
-            limits = BatchSettings(**user_config["batching"]).to_limits()
-            self._thread.loop.call_soon_threadsafe(self._router.set_batch_limits, limits)
+            later(self._router.set_batch_limits, BatchSettings(**user_config["batching"]).to_limits())
+        if "queue" in user_config:
+            later(self._router.set_queue_limits, QueueSettings(**user_config["queue"]).to_limits())
 
     def check_health(self) -> None:
         """Raises: UnavailableError when the computing thread, or a loop on it, is dead."""

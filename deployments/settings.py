@@ -13,8 +13,10 @@ from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ..runtime.batching import BatchLimits, QueueLimits
-from ..runtime.caching import CacheLimits
+from ..runtime.batching import CLASS_NAMES, BatchLimits, QueueLimits
+from ..runtime.batching.classes import ClassName
+from ..runtime.batching.limits import Order
+from ..runtime.caching import CacheLimits, PrefetchLimits, RedisLevel, RedisLimits
 from ..runtime.embedded import CHECKPOINT
 from ..runtime.errors import ConfigurationError
 from ..runtime.generation.scheduler import EngineLimits
@@ -40,7 +42,8 @@ def _made(kind: Callable[..., T], where: str, values: dict[str, Any]) -> T:
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Errors name the field and not its value, which may be a secret.
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
 class ReplicaSettings(_Section):
@@ -98,6 +101,7 @@ class BatchSettings(_Section):
     max_in_flight: int = 2
     max_patience_s: float = 1.0
     service_margin_s: float = 0.0
+    min_batch_tokens: int = 1
 
     def to_limits(self) -> BatchLimits:
         """The runtime's limits."""
@@ -105,15 +109,22 @@ class BatchSettings(_Section):
 
 
 class QueueSettings(_Section):
-    """See `QueueLimits`."""
+    """See `QueueLimits`; `class_shares` names the classes that shall differ from the default."""
 
     max_tokens: int = 262_144
     max_items: int = 8192
     retry_after_s: float = 1.0
+    class_shares: dict[ClassName, float] = Field(default_factory=dict)
+    target_delay_s: float = 2.0
+    standing_s: float = 1.0
+    min_share: float = 1 / 16
+    order: Order = "priority"
 
     def to_limits(self) -> QueueLimits:
         """The runtime's limits."""
-        return QueueLimits(**self.model_dump())
+        shares = dict(zip(CLASS_NAMES, QueueLimits().class_shares, strict=True)) | self.class_shares
+        values = self.model_dump(exclude={"class_shares"})
+        return QueueLimits(class_shares=tuple(shares.values()), **values)
 
 
 class EngineSettings(_Section):
@@ -131,27 +142,88 @@ class EngineSettings(_Section):
 
 
 class RouterSettings(ReplicaSettings):
-    """The router's replicas and bounds."""
+    """The router's replicas and bounds. `per_expert_metrics` shows how many tokens each single expert was given,
+    which tells something of prompts; without it only groups and the imbalance are shown."""
 
     batching: BatchSettings = Field(default_factory=BatchSettings)
     queue: QueueSettings = Field(default_factory=QueueSettings)
     engine: EngineSettings = Field(default_factory=EngineSettings)
+    per_expert_metrics: bool = False
 
     def to_limits(self) -> RouterLimits:
         """The runtime's limits."""
-        return RouterLimits(self.batching.to_limits(), self.queue.to_limits(), self.engine.to_limits())
+        limits = self.batching.to_limits(), self.queue.to_limits(), self.engine.to_limits()
+        return RouterLimits(*limits, self.per_expert_metrics)
+
+
+class SecondLevelSettings(_Section):
+    """See `RedisLimits`. The key for encryption may come from PIMOE_CACHE_KEY instead."""
+
+    url: str = Field(repr=False)
+    namespace: str = "pimoe"
+    ttl_s: float = 86_400.0
+    lookup_timeout_s: float = 0.05
+    command_timeout_s: float = 1.0
+    max_connections: int = 16
+    max_entry_bytes: int = 16 * 2**20
+    max_pending_entries: int = 1024
+    max_pending_bytes: int = 64 * 2**20
+    compression: Literal["none", "zstd"] = "zstd"
+    encryption_key: str = Field(default="", repr=False)
+    breaker_failures: int = 5
+    breaker_retry_s: float = 1.0
+
+    def to_limits(self) -> RedisLimits:
+        """The runtime's limits.
+
+        Raises:
+            ConfigurationError: a value is wrong; neither URL nor key are shown.
+        """
+        key = self.encryption_key or os.environ.get("PIMOE_CACHE_KEY", "")
+        return RedisLimits(**{**self.model_dump(), "encryption_key": key})
 
 
 class CacheSettings(_Section):
-    """See `CacheLimits`; `max_bytes: 0` switches the cache off."""
+    """See `CacheLimits`; `max_bytes: 0` switches the cache off, its second level included.
+
+    Attributes:
+        share_tenants: give what was computed for one tenant to others, its request id included.
+        second_level: a Redis or Valkey that gateways share; None: each has its memory only.
+        prefetch: see `PrefetchLimits`; off unless `enabled` is true.
+    """
 
     max_bytes: int = 256 * 2**20
     max_entry_bytes: int = 16 * 2**20
     ttl_s: float = 3600.0
+    policy: str = "lru"
+    min_bytes: int | None = None
+    share_tenants: bool = False
+    second_level: SecondLevelSettings | None = None
+    prefetch: dict[str, bool | int | float] = Field(default_factory=dict)
+
+    def live(self) -> dict[str, Any]:
+        """What may change while serving, as plain values; no secret among them."""
+        return self.model_dump(exclude={"share_tenants", "second_level"})
 
     def to_limits(self) -> CacheLimits:
         """The runtime's limits."""
-        return CacheLimits(**self.model_dump())
+        return CacheLimits(**self.model_dump(exclude={"share_tenants", "second_level", "prefetch"}))
+
+    def to_prefetch(self) -> PrefetchLimits:
+        """The runtime's limits. Raises: ConfigurationError."""
+        return _made(PrefetchLimits, "gateway.cache.prefetch", self.prefetch)
+
+    def to_second_level(self) -> RedisLimits | None:
+        """The runtime's limits of the second level.
+
+        Raises:
+            ConfigurationError: a value is wrong, or a package that it needs is not installed.
+        """
+        if self.second_level is None:
+            return None
+        limits = self.second_level.to_limits()
+        RedisLevel(limits)  # says what is missing; it connects when it is asked
+        return limits
 
 
 class GatewaySettings(ReplicaSettings):
@@ -200,6 +272,8 @@ class AppSettings(_Section):
         self.router.to_limits()
         self.gateway.to_api()
         self.gateway.cache.to_limits()
+        self.gateway.cache.to_second_level()
+        self.gateway.cache.to_prefetch()
         return self
 
     @property

@@ -60,6 +60,7 @@ class GenerateRequest:
     priority: float = DEFAULT_PRIORITY
     timeout_s: float = 60.0
     emitted: tuple[int, ...] = ()
+    tenant: str = ""  # whose it is; the gateway's business, and not sent over links
 
     def to_wire(self) -> dict[str, Any]:
         """Plain values for a link frame; `timeout_s` travels in the frame's own deadline."""
@@ -134,6 +135,7 @@ class InferRequest:
     layer: int | None = None
     priority: float = DEFAULT_PRIORITY
     timeout_s: float = 60.0
+    tenant: str = ""  # as in `GenerateRequest`
 
 
 @dataclass(frozen=True, slots=True)

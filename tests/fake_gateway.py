@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import uvicorn
 from pimoe.deployments.api import ApiSettings, create_app
+from pimoe.runtime.caching import BypassReason
 from pimoe.runtime.errors import UnavailableError
 from pimoe.runtime.requests import (
     CacheOutcome,
@@ -108,6 +109,8 @@ class FakeGateway:
     generated: list[GenerateRequest] = field(default_factory=list)
     inferred: list[InferRequest] = field(default_factory=list)
     use_cache: list[bool] = field(default_factory=list)
+    bypasses: list[BypassReason | None] = field(default_factory=list)
+    flushes: list[tuple[str | None, str | None]] = field(default_factory=list)
     open_streams: int = 0
     cancelled: int = 0
 
@@ -119,15 +122,16 @@ class FakeGateway:
             raise UnavailableError("no router yet", retry_after_s=2.5)
         return self.info
 
-    async def infer(self, request: InferRequest, use_cache: bool) -> InferAnswer:
+    async def infer(self, request: InferRequest, bypass: BypassReason | None) -> InferAnswer:
         self.inferred.append(request)
-        self.use_cache.append(use_cache)
+        self.use_cache.append(bypass is None)
         await self._trouble()
         return InferAnswer(self.outcome, InferResult(doubled(request.hidden_states)))
 
-    async def generate(self, request: GenerateRequest, use_cache: bool) -> GenerateAnswer:
+    async def generate(self, request: GenerateRequest, bypass: BypassReason | None) -> GenerateAnswer:
         self.generated.append(request)
-        self.use_cache.append(use_cache)
+        self.use_cache.append(bypass is None)
+        self.bypasses.append(bypass)
         if self.fail_after is None:
             await self._trouble()
         return GenerateAnswer(self.outcome, request.request_id, self.created_s, self._chunks(request))
@@ -161,6 +165,11 @@ class FakeGateway:
 
     async def status(self) -> dict[str, Any]:
         return {"model": self.model.name, "groups": []}
+
+    async def flush_cache(self, model: str | None, tenant: str | None) -> dict[str, Any]:
+        await self._trouble()
+        self.flushes.append((model, tenant))
+        return {"flushed": 3, "gateways": 2, "second_level": {"deleted": 5}}
 
     async def metrics(self) -> tuple[bytes, str]:
         return b"pimoe_up 1\n", "text/plain; version=0.0.4; charset=utf-8"

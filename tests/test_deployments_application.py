@@ -141,7 +141,17 @@ def test_metrics_are_prometheus_text(application: LocalCluster, client: Client) 
     client.generate(PROMPT, max_tokens=8, temperature=0, cache=False)
     with urllib.request.urlopen(f"{application.url}/metrics") as response:
         families = {f.name: f for f in text_string_to_metric_families(response.read().decode())}
-    assert sum(sample.value for sample in families["pimoe_expert_tokens"].samples) > 0
+    assert sum(sample.value for sample in families["pimoe_dispatch_rows"].samples) > 0
+    assert not families["pimoe_expert_tokens"].samples  # only where it was asked for
+    waits = [s for s in families["pimoe_queue_wait_seconds"].samples if s.name.endswith("_count")]
+    assert {s.labels["class"] for s in waits} == {"batch", "low", "default", "high", "interactive"}
+    assert sum(s.value for s in waits if s.labels["queue"] == "generation") > 0
+    bypassed = families["pimoe_cache_requests"].samples
+    assert sum(s.value for s in bypassed if s.labels["outcome"] == "bypass") > 0
+    names = {family for family in families if family.startswith("pimoe_")}
+    assert {"pimoe_batch_tokens", "pimoe_latency_model_error_ratio", "pimoe_queue_shed"} <= names
+    forbidden = {"request", "tenant", "token", "prompt"}
+    assert not forbidden & {label for f in families.values() for s in f.samples for label in s.labels}
     assert {s.labels["group"] for s in families["pimoe_group_rows"].samples} == {"group-0", "group-1"}
     assert any(s.value > 0 for s in families["pimoe_requests"].samples)
 

@@ -24,10 +24,12 @@ pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 TINY_S = 0.02
 
 
-def caching(limits: CacheLimits | None = None, tenant: str = "") -> tuple[Backend, CachedBackend]:
+def caching(limits: CacheLimits | None = None, **options: Any) -> tuple[Backend, CachedBackend]:
     backend = Backend()
     seconds = iter(range(1000, 2000))
-    cached = CachedBackend(backend, ResultCache(limits or CacheLimits()), tenant, lambda: next(seconds) + 0.5)
+    cached = CachedBackend(
+        backend, ResultCache(limits or CacheLimits()), wall_clock=lambda: next(seconds) + 0.5, **options
+    )
     return backend, cached
 
 
@@ -83,18 +85,17 @@ async def test_requests_that_differ_share_nothing() -> None:
     backend.allow()
     assert await ask(cached, generation(max_tokens=2)) == ("miss", [0, 1])
     assert await ask(cached, generation(max_tokens=3)) == ("miss", [0, 1, 2])
-    other = CachedBackend(backend, cached.cache, tenant="another")
-    assert (await ask(other, generation(max_tokens=2)))[0] == "miss"
+    assert await ask(cached, generation(max_tokens=2, tenant="another")) == ("miss", [0, 1])
 
 
 async def test_bypassing_neither_reads_nor_writes() -> None:
     backend, cached = caching()
     backend.allow()
     for _ in range(2):
-        answer = await cached.generate(generation("id"), use_cache=False)
+        answer = await cached.generate(generation("id"), bypass="asked")
         assert (answer.outcome, answer.response_id) == ("bypass", "id")
         assert tokens(await read(answer)) == [0, 1, 2, 3]
-        assert (await cached.infer(inference(), use_cache=False)).outcome == "bypass"
+        assert (await cached.infer(inference(), bypass="asked")).outcome == "bypass"
     assert cached.cache.statistics().entries == 0
     assert counts(cached) == (0, 0, 0, 4)
     assert len(backend.generations) == len(backend.inferences) == 2
@@ -351,9 +352,9 @@ async def test_a_backend_that_refuses_at_once_leaves_nothing_open() -> None:
         raise Refused("a layer model answers tensor requests only")
 
     backend.generate = refuse  # type: ignore[method-assign]
-    for use_cache in (True, False):
+    for bypass in (None, "asked"):
         with pytest.raises(Refused):
-            await read(await cached.generate(generation(), use_cache))
+            await read(await cached.generate(generation(), bypass))
     assert cached._flights == {}
 
 

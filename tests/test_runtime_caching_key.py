@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import astuple, fields, replace
 from typing import Any
 
 import numpy as np
 import pytest
 from cache_backend import MODEL
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from pimoe.runtime.caching import generate_key, infer_key
+from pimoe.runtime.caching import Serving, generate_key, infer_key
 from pimoe.runtime.caching.key import _CanonicalHash
-from pimoe.runtime.requests import GenerateRequest, InferRequest, SamplingParams, TensorData
+from pimoe.runtime.requests import GenerateRequest, InferRequest, ModelInfo, SamplingParams, TensorData
 
 SAMPLING = SamplingParams(temperature=0.5, seed=3, stop_token_ids=(9,))
 GENERATE = GenerateRequest("id", (1, 2, 3), SAMPLING)
@@ -60,6 +60,13 @@ def test_every_field_of_the_model_changes_the_key(name: str) -> None:
     assert infer_key(other, explicit) != infer_key(MODEL, explicit)
 
 
+@pytest.mark.parametrize("change", [{"tokenizer_digest": "x"}, {"placement": ((0, 1), (2, 3))}])
+def test_what_is_served_changes_the_key(change: dict[str, Any]) -> None:
+    other = Serving(**change)
+    assert generate_key(MODEL, GENERATE, serving=other) != generate_key(MODEL, GENERATE)
+    assert infer_key(MODEL, INFER, serving=other) != infer_key(MODEL, INFER)
+
+
 @pytest.mark.parametrize("name", [field.name for field in fields(SAMPLING)])
 def test_every_sampling_parameter_changes_the_key(name: str) -> None:
     other = replace(GENERATE, sampling=replace(SAMPLING, **{name: OTHER_SAMPLING[name]}))
@@ -100,8 +107,12 @@ def test_the_first_layer_is_the_default_one() -> None:
 
 
 def test_tenants_share_nothing() -> None:
-    for key, request in ((generate_key, GENERATE), (infer_key, INFER)):
-        assert len({key(MODEL, request, tenant) for tenant in ("", "a", "b")}) == 3  # type: ignore[arg-type]
+    requests: tuple[tuple[Any, Any], ...] = ((generate_key, GENERATE), (infer_key, INFER))
+    for key, request in requests:
+        keys = [key(MODEL, replace(request, tenant=tenant)) for tenant in ("", "a", "b")]
+        assert len(set(keys)) == 3
+        assert [key(MODEL, request, tenant) for tenant in ("", "a", "b")] == keys
+        assert len({key(MODEL, replace(request, tenant=tenant), "") for tenant in ("", "a", "b")}) == 1
 
 
 def test_when_and_by_whom_does_not_matter() -> None:
@@ -122,6 +133,12 @@ def test_spellings_of_one_number_share_a_key(name: str, spellings: tuple[float, 
 def test_greedy_generations_draw_no_random_numbers() -> None:
     greedy = [replace(GENERATE, sampling=SamplingParams(temperature=0, seed=seed)) for seed in (0, 5)]
     assert generate_key(MODEL, greedy[0]) == generate_key(MODEL, greedy[1])
+
+
+def test_stop_tokens_are_a_set() -> None:
+    orders = [(1, 2), (2, 1), (2, 1, 2)]
+    requests = [replace(GENERATE, sampling=replace(SAMPLING, stop_token_ids=order)) for order in orders]
+    assert len({generate_key(MODEL, request) for request in requests}) == 1
 
 
 def test_any_buffer_with_the_same_bytes_has_the_same_key() -> None:
@@ -158,3 +175,90 @@ def test_where_a_value_ends_matters(data: bytes, cut: int) -> None:
     assert canonical([data[:cut], data[cut:]]) != canonical([data])
     if 0 < cut < len(data):
         assert canonical([data[:cut], data[cut:]]) != canonical([data[: cut - 1], data[cut - 1 :]])
+
+
+# Any two requests, of few values for each field, so that equal ones are met as well as those that differ in one.
+
+few = st.integers(0, 1)
+tokens = st.lists(st.integers(0, 3), max_size=2).map(tuple)
+words = st.sampled_from(["", "a", "aa"])
+models = st.builds(
+    ModelInfo,
+    name=words,
+    kind=st.sampled_from(["decoder", "layer"]),
+    family=words,
+    dtype=words,
+    hidden_size=few,
+    num_experts=few,
+    top_k=few,
+    moe_layers=st.sampled_from([(0,), (0, 1), (1, 0)]),
+    vocab_size=few,
+    max_context_tokens=few,
+    eos_token_ids=tokens,
+    weights_digest=words,
+)
+servings = st.builds(
+    Serving, tokenizer_digest=words, placement=st.sampled_from([(), ((0, 1),), ((0,), (1,)), ((), (0, 1))])
+)
+samplings = st.builds(
+    SamplingParams,
+    max_tokens=few,
+    min_tokens=few,
+    temperature=st.sampled_from([0, 0.0, -0.0, 0.5, 1, 1.0]),
+    top_p=st.sampled_from([1, 1.0, 0.5]),
+    top_k=few,
+    min_p=st.sampled_from([0, 0.0, 0.5]),
+    seed=few,
+    logprobs=st.none() | few,
+    stop_token_ids=tokens,
+    ignore_eos=st.booleans(),
+)
+generations = st.builds(
+    GenerateRequest, words, tokens, samplings, st.floats(0, 1), st.floats(1, 9), emitted=tokens, tenant=words
+)
+shapes = [("float32", (1, 2)), ("float32", (2, 1)), ("int32", (2, 1)), ("float64", (1, 1))]
+tensors = st.builds(
+    lambda kind, data: TensorData(*kind, data), st.sampled_from(shapes), st.sampled_from([bytes(8), b"12345678"])
+)
+inferences = st.builds(
+    InferRequest, words, tensors, st.sampled_from([None, 0, 1]), st.floats(0, 1), st.floats(1, 9), tenant=words
+)
+
+
+def meaning(model: ModelInfo, serving: Serving, request: Any) -> Any:
+    """All that decides the answer, written down a second time, as values that compare."""
+    around = (astuple(model), astuple(serving), request.tenant)
+    if isinstance(request, InferRequest):
+        layer = model.moe_layers[0] if request.layer is None else request.layer
+        return (*around, layer, astuple(request.hidden_states))
+    plan = replace(request.sampling, stop_token_ids=frozenset(request.sampling.stop_token_ids))  # type: ignore[arg-type]
+    plan = replace(plan, seed=0) if plan.temperature == 0 else plan
+    return (*around, request.prompt_token_ids, request.emitted, astuple(plan))
+
+
+@st.composite
+def pairs(draw: st.DrawFn, requests: st.SearchStrategy[Any]) -> list[tuple[ModelInfo, Serving, Any]]:
+    """Two whole requests; in most of them, nearly all of the second is the first's."""
+    first = [draw(models), draw(servings), draw(requests)]
+    second = [draw(models), draw(servings), draw(requests)]
+    if draw(st.integers(0, 9)):
+        changes = [(part, field.name) for part, value in enumerate(first) for field in fields(value)]
+        part, name = draw(st.sampled_from(changes))
+        second = [
+            replace(value, **{name: getattr(second[part], name)}) if index == part else value
+            for index, value in enumerate(first)
+        ]
+    return [tuple(first), tuple(second)]  # type: ignore[list-item]
+
+
+@settings(max_examples=500, deadline=None)
+@given(pairs(generations) | pairs(inferences))
+def test_a_key_is_shared_exactly_by_requests_that_mean_the_same(
+    pair: list[tuple[ModelInfo, Serving, Any]],
+) -> None:
+    def key(model: ModelInfo, serving: Serving, request: Any) -> bytes:
+        make = infer_key if isinstance(request, InferRequest) else generate_key
+        return make(model, request, serving=serving)
+
+    first, second = pair
+    assert (key(*first) == key(*second)) == (meaning(*first) == meaning(*second))

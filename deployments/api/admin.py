@@ -1,10 +1,16 @@
-"""Routes for operators and probes: health, metrics, status."""
+"""Routes for operators and probes: health, metrics, status, and the cache's flush."""
 
 from __future__ import annotations
 
 import orjson
 
+from ...runtime.errors import ModelNotFoundError, UnavailableError
+from .bodies import decode_json
 from .call import Call
+from .fields import Fields, shown
+from .options import TENANT_RULE, is_tenant
+
+_SCOPES = ("all", "model", "tenant")
 
 
 async def health(call: Call) -> None:
@@ -23,3 +29,43 @@ async def status(call: Call) -> None:
     """`GET /admin/status`."""
     page = await call.context.status()
     await call.respond(orjson.dumps(page, default=str, option=orjson.OPT_NON_STR_KEYS))
+
+
+async def flush_cache(call: Call) -> None:
+    """`POST /admin/cache/flush`: `{"scope": "all" | "model" | "tenant", "model": ..., "tenant": ...}`.
+
+    The field that the scope is called after must be there. With "tenant" a `model` may be there too, and means
+    that tenant's answers of that model.
+    """
+    model, tenant = _flush_scope(Fields(decode_json(await call.body(), call.settings.max_json_bytes)))
+    if model is not None:
+        _check_model(call, model)
+    await call.respond(orjson.dumps(await call.context.flush_cache(model, tenant)))
+
+
+def _flush_scope(fields: Fields) -> tuple[str | None, str | None]:
+    """Raises: InvalidRequestError: a field is unknown, missing, or there and without meaning."""
+    fields.only(("scope", "model", "tenant"))
+    scope = fields.text("scope")
+    if scope not in _SCOPES:
+        raise fields.wrong("scope", f"one of {', '.join(_SCOPES)}")
+    model, tenant = fields.text("model"), fields.text("tenant")
+    given = {"model": model is not None, "tenant": tenant is not None}
+    for name, allowed in (("model", scope != "all"), ("tenant", scope == "tenant")):
+        if given[name] and not allowed:
+            raise fields.wrong(name, f"absent where scope is {scope!r}")
+    if scope != "all" and not given[scope]:
+        raise fields.wrong(scope, f"there where scope is {scope!r}")
+    if tenant is not None and not is_tenant(tenant):  # no request can have it
+        raise fields.wrong("tenant", TENANT_RULE)
+    return model, tenant
+
+
+def _check_model(call: Call, name: str) -> None:
+    """Raises: ModelNotFoundError: a flush of it would do nothing."""
+    try:
+        known = call.context.model.name
+    except UnavailableError:  # while no router is there, a flush is possible still
+        return
+    if name != known:
+        raise ModelNotFoundError(f"no model {shown(name)} here; this is {shown(known)}", "model")

@@ -21,6 +21,7 @@ POST_ROUTES: tuple[tuple[str, Handler], ...] = (
     ("/v1/completions", openai.completions),
     ("/v1/chat/completions", openai.chat_completions),
     ("/v2/models/{name:path}/infer_many", inference.infer_many),
+    ("/admin/cache/flush", admin.flush_cache),
 )
 GET_ROUTES: tuple[tuple[str, Handler], ...] = (
     ("/health", admin.health),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
+from ...runtime.caching import BypassReason
 from ...runtime.errors import ConfigurationError
 from ...runtime.requests import GenerateAnswer, GenerateRequest, InferAnswer, InferRequest, ModelInfo
 
@@ -138,11 +139,15 @@ class GatewayContext(Protocol):
         """None for a checkpoint without a tokenizer: prompts then come as token ids."""
         ...
 
-    async def infer(self, request: InferRequest, use_cache: bool) -> InferAnswer:
-        """Answers tensor work, from the cache or from a router; cancelling it cancels the work."""
+    async def infer(self, request: InferRequest, bypass: BypassReason | None) -> InferAnswer:
+        """Answers tensor work, from the cache or from a router; cancelling it cancels the work.
+
+        Args:
+            bypass: why the cache is to leave it alone; None: it may answer.
+        """
         ...
 
-    async def generate(self, request: GenerateRequest, use_cache: bool) -> GenerateAnswer:
+    async def generate(self, request: GenerateRequest, bypass: BypassReason | None) -> GenerateAnswer:
         """Starts a generation. Closing `chunks` (`aclose`) cancels it, before its first item too."""
         ...
 
@@ -152,6 +157,18 @@ class GatewayContext(Protocol):
 
     async def status(self) -> dict[str, Any]:
         """The page of `/admin/status`, as plain values."""
+        ...
+
+    async def flush_cache(self, model: str | None, tenant: str | None) -> dict[str, Any]:
+        """Forgets answers of a model, of a tenant, or of both (None: of any), in every gateway and in the second
+        level.
+
+        Returns:
+            The body of `/admin/cache/flush`: `flushed`, `gateways`, `second_level`.
+
+        Raises:
+            UnavailableError: some part was not reached, and may hold answers still.
+        """
         ...
 
     async def metrics(self) -> tuple[bytes, str]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 
+from ...runtime.caching import BypassReason
 from ...runtime.errors import InvalidRequestError, PimoeError
 from ...runtime.requests import GenerateAnswer, GenerateRequest, ModelInfo
 from .assembly import Assembler, Piece, TextRules, close, pieces
@@ -17,9 +18,11 @@ from .openai_prompts import token_budget
 
 # More than any character or word that the end of a prompt may be in the middle of.
 _CONTEXT_TOKENS = 32
+_PIECES_AHEAD = 64
 
 Pieces = AsyncGenerator[Piece, None]
 Events = AsyncGenerator[tuple[int, Piece], None]
+Ahead = asyncio.Queue[Piece | Exception]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +32,7 @@ class Plan:
 
     requests: tuple[GenerateRequest, ...]
     prompt_tokens: int
-    use_cache: bool
+    bypass: BypassReason | None
     rules: TextRules
 
 
@@ -52,12 +55,12 @@ def make_plan(
         for choice in range(wanted.n):
             sampling = replace(wanted.sampling, max_tokens=budget, seed=wanted.seed_of(choice, base))
             name = work_id if not requests else f"{work_id}-{len(requests)}"
-            priority = wanted.options.priority
-            requests.append(GenerateRequest(name, tuple(prompt), sampling, priority, remaining_s))
+            priority, tenant = wanted.options.priority, wanted.options.tenant
+            requests.append(GenerateRequest(name, tuple(prompt), sampling, priority, remaining_s, tenant=tenant))
     return Plan(
         requests=tuple(requests),
         prompt_tokens=sum(map(len, prompts)),
-        use_cache=wanted.options.use_cache and wanted.deterministic,
+        bypass=wanted.bypass,
         rules=_rules(wanted, model),
     )
 
@@ -85,8 +88,8 @@ async def started(context: GatewayContext, plan: Plan) -> AsyncGenerator[list[Ge
 
 async def _start(context: GatewayContext, plan: Plan) -> list[GenerateAnswer]:
     if len(plan.requests) == 1:
-        return [await context.generate(plan.requests[0], plan.use_cache)]
-    tasks = [asyncio.create_task(context.generate(request, plan.use_cache)) for request in plan.requests]
+        return [await context.generate(plan.requests[0], plan.bypass)]
+    tasks = [asyncio.create_task(context.generate(request, plan.bypass)) for request in plan.requests]
     try:
         return await asyncio.gather(*tasks)
     except BaseException:
@@ -112,7 +115,8 @@ def streams(
 
 
 async def interleave(choices: list[Pieces]) -> Events:
-    """The pieces of all choices, each with the index of its own, as they come.
+    """The pieces of all choices, each with the index of its own: one of each in turn, and not as they happen to
+    come, so that equal answers give equal streams, computed or from the cache.
 
     The first error of any choice ends them all; closing this closes them all.
     """
@@ -122,30 +126,38 @@ async def interleave(choices: list[Pieces]) -> Events:
                 yield 0, piece
         return
     # Bounded, so that a slow reader slows the generations down instead of filling memory.
-    queue: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue(maxsize=len(choices))
-    pumps = [asyncio.create_task(_pump(index, choice, queue)) for index, choice in enumerate(choices)]
+    queues: list[Ahead] = [asyncio.Queue(maxsize=_PIECES_AHEAD) for _ in choices]
+    pumps = [asyncio.create_task(_pump(choice, index, queues)) for index, choice in enumerate(choices)]
     try:
-        running = len(pumps)
+        running = list(range(len(choices)))
         while running:
-            index, item = await queue.get()
-            if isinstance(item, Exception):
-                raise item
-            running -= item.finish_reason is not None
-            yield index, item
+            for index in tuple(running):
+                item = await queues[index].get()
+                if isinstance(item, Exception):
+                    raise item
+                if item.finish_reason is not None:
+                    running.remove(index)
+                yield index, item
     finally:
         for pump in pumps:
             pump.cancel()
         await asyncio.gather(*pumps, return_exceptions=True)
 
 
-async def _pump(index: int, choice: Pieces, queue: asyncio.Queue[tuple[int, Piece | Exception]]) -> None:
+async def _pump(choice: Pieces, index: int, queues: list[Ahead]) -> None:
+    failure: Exception
     try:
         async with aclosing(choice):
             async for piece in choice:
-                await queue.put((index, piece))
+                await queues[index].put(piece)
+        return
     except asyncio.CancelledError:
         if not cancelled_from_behind():
             raise
-        await queue.put((index, PimoeError("a generation was cancelled")))
+        failure = PimoeError("a generation was cancelled")
     except Exception as error:
-        await queue.put((index, error))
+        failure = error
+    for queue in queues:  # the one that is waited for is empty, and has room for the news
+        with suppress(asyncio.QueueFull):
+            queue.put_nowait(failure)
+    await queues[index].put(failure)

@@ -71,7 +71,7 @@ async def infer(call: Call) -> None:
         tensor_call = reader.read(decode_json(text, call.settings.max_json_bytes), binary)
     remaining_s = call.start_clock(tensor_call.options.timeout_s)
     request = tensor_call.request(call.work_id(), remaining_s)
-    answer = await call.context.infer(request, tensor_call.options.use_cache)
+    answer = await call.context.infer(request, tensor_call.options.bypass)
     output = answer.result.output
     extra = [cache_header(answer.outcome)]
     if not tensor_call.binary_output:
@@ -148,7 +148,7 @@ class _Many:
         async with Lifetime(timeout_s, self._call.lifetime.started_s) as lifetime:
             remaining_s = lifetime.limit(timeout_s, self._call.settings.deadline_grace_s)
             request = item.request(self._call.work_id(), remaining_s)
-            answer = await self._call.context.infer(request, item.options.use_cache)
+            answer = await self._call.context.infer(request, item.options.bypass)
         self.outcomes.append(answer.outcome)
         response = response_map(self._reader.model, item, answer.result.output, self._data)
         return {**response, "parameters": {"cache": answer.outcome}}

@@ -45,7 +45,10 @@ class TensorCall:
 
     def request(self, request_id: str, remaining_s: float) -> InferRequest:
         """What goes to the router."""
-        return InferRequest(request_id, self.tensor, self.layer, self.options.priority, remaining_s)
+        options = self.options
+        return InferRequest(
+            request_id, self.tensor, self.layer, options.priority, remaining_s, tenant=options.tenant
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
+from ...runtime.caching import BypassReason
 from ...runtime.errors import InvalidRequestError, ModelNotFoundError
 from ...runtime.requests import ModelInfo, SamplingParams
 from .context import ApiSettings
@@ -21,10 +22,10 @@ from .options import CallOptions, read_options
 _HONOURED = {
     *("model", "n", "stream", "stream_options", "max_tokens", "min_tokens", "temperature", "top_p", "top_k"),
     *("min_p", "seed", "stop", "stop_token_ids", "ignore_eos", "logprobs", "return_token_ids"),
-    *("priority", "timeout", "cache"),
+    *("priority", "service_tier", "timeout", "cache"),
 }
 _IGNORED = {
-    *("user", "store", "metadata", "service_tier", "safety_identifier", "parallel_tool_calls", "prediction"),
+    *("user", "store", "metadata", "safety_identifier", "parallel_tool_calls", "prediction"),
     *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
 }
 # Fields that would change the answer, and the values besides null with which they do not.
@@ -82,6 +83,11 @@ class Wanted:
     def deterministic(self) -> bool:
         """Whether the same request gives the same answer, so that the cache may hold it."""
         return self.sampling.temperature == 0.0 or self.seed is not None
+
+    @property
+    def bypass(self) -> BypassReason | None:
+        """Why the cache is to leave the request alone; None: it may answer."""
+        return self.options.bypass or (None if self.deterministic else "nondeterministic")
 
     def seed_of(self, choice: int, base: int) -> int:
         """The seed of one choice. Greedy choices share seed 0: they are one request, and one cache entry."""

@@ -12,6 +12,10 @@ from ..errors import DeadlineExceededError, RequestCancelledError
 V = TypeVar("V")
 
 
+class Superseded(Exception):
+    """Another computation of the same has taken this one's place: read that one instead."""
+
+
 class Flight(Generic[V]):
     """One computation and its readers. Each reader gets every item from the first on, whenever it joins.
 
@@ -36,11 +40,22 @@ class Flight(Generic[V]):
     ) -> None:
         self.error: Exception | None = None
         self._items: list[V] = []
-        self._done = False
+        self._done = self._superseded = False
         self._readers = 0
         self._changed = asyncio.Event()
         self._finished, self._ended = finished, ended
         self._task = asyncio.create_task(self._run(items))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it goes on and has given nothing yet."""
+        return not (self._items or self._done)
+
+    def supersede(self) -> None:
+        """End it for a successor, to which its readers move; only while it `is_empty`."""
+        self._superseded = self._done = True
+        self._task.cancel()
+        self._notify()
 
     @contextlib.contextmanager
     def joined(self) -> Iterator[None]:
@@ -51,8 +66,7 @@ class Flight(Generic[V]):
         finally:
             self._readers -= 1
             if self._readers == 0 and not self._done:
-                self._ended()  # now: who comes while it is being cancelled must not join it
-                self._task.cancel()
+                self._abandon()
 
     async def read(self, deadline: float, position: int = 0) -> AsyncGenerator[V, None]:
         """All items, from the one at `position`; for those who have `joined`.
@@ -63,8 +77,11 @@ class Flight(Generic[V]):
         Raises:
             DeadlineExceededError: the reader's time ran out; the flight goes on for the others.
             PimoeError: what the computation raised.
+            Superseded: nothing was read, and nothing will be.
         """
         while True:
+            if self._superseded:
+                raise Superseded
             while position < len(self._items):
                 position += 1
                 yield self._items[position - 1]
@@ -73,6 +90,14 @@ class Flight(Generic[V]):
                     raise self.error
                 return
             await self._wait(deadline)
+
+    def _abandon(self) -> None:
+        # Now, and not when it has ended: a task that is cancelled before its first step never comes to say so.
+        self.error = RequestCancelledError("the shared computation was cancelled")
+        self._done = True
+        self._ended()
+        self._task.cancel()
+        self._notify()
 
     async def _wait(self, deadline: float) -> None:
         try:
@@ -89,9 +114,9 @@ class Flight(Generic[V]):
                     self._notify()
             self._finished(self._items)
         except asyncio.CancelledError:
-            self.error = RequestCancelledError("the shared computation was cancelled")
+            self.error = self.error or RequestCancelledError("the shared computation was cancelled")
         except Exception as error:  # every reader is given it
-            self.error = error
+            self.error = self.error or error
         finally:
             self._done = True
             self._ended()

@@ -1,23 +1,49 @@
-"""The cache key: SHA-256 over a canonical encoding of everything that can change an answer.
+"""The cache key: SHA-256 over a canonical encoding of everything that can change an answer, and of nothing else.
 
-Fields, in order: key schema, runtime version, every field of the model (its weights digest and compute dtype among
-them), tenant, endpoint; then for tensors layer, dtype, shape and bytes, for generation the prompt's token ids, the
-tokens emitted before a resumption and every sampling parameter with its default filled in. Priority and timeout
-are left out: they change when an answer comes, not what it is. Every value is written with its type and length,
-so that no two different requests encode alike.
+    what                     where from                       why
+    key schema, version      here, pimoe                      another encoding, or other kernels
+    model                    every field of `ModelInfo`       name, family, compute dtype, sizes, layers, top-k,
+                                                              end tokens, context; digest of the weights together
+                                                              with config.json: quantisation, routing
+    tokenizer_digest         `Serving`                        tokenizer and chat template: what a prompt means
+    placement                `Serving`                        experts per group: the order that sums are rounded in
+    tenant                   the request                      nothing is shared between tenants, unless configured
+    endpoint                 "infer" or "generate"
+    infer: layer             the request, default filled in
+    infer: dtype, shape, bytes    the one tensor, `hidden_states`
+    generate: prompt, emitted     token ids, each list with its length
+    generate: sampling       every field of `SamplingParams`, by name, defaults filled in; numbers that are floats
+                             are hashed as floats (1 is 1.0, -0.0 is 0.0); the seed is 0 where nothing is drawn
+                             (temperature 0); `stop_token_ids` as the set that they are
+
+Left out: request id, priority and timeout, which change when an answer comes and not what it is; the response's
+format, and stop strings, which are applied to the tokens when they are given. Every value is written with its type
+and length, so that no two different requests encode alike. A parameter that is unknown here cannot be in a
+request: the HTTP layer refuses it. What no field can tell (the code of experts of your own) is for `flush`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from .. import __version__
 from ..requests import GenerateRequest, InferRequest, ModelInfo
 
-KEY_SCHEMA = 1
+KEY_SCHEMA = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What of a deployment, besides its model's description, decides answers. See the module."""
+
+    tokenizer_digest: str = ""
+    placement: tuple[tuple[int, ...], ...] = ()
+
+
+_PLAIN = Serving()
 
 
 class _CanonicalHash:
@@ -53,17 +79,24 @@ class _CanonicalHash:
         return self._hash.digest()
 
 
-def _start(model: ModelInfo, tenant: str, endpoint: str) -> _CanonicalHash:
+def _start(model: ModelInfo, serving: Serving, tenant: str, endpoint: str) -> _CanonicalHash:
     canonical = _CanonicalHash()
-    model_fields = (getattr(model, field.name) for field in fields(model))
-    for value in (KEY_SCHEMA, __version__, *model_fields, tenant, endpoint):
+    for value in (KEY_SCHEMA, __version__):
+        canonical.add(value)
+    for described in (model, serving):
+        for field in fields(described):
+            canonical.add(field.name)
+            canonical.add(getattr(described, field.name))
+    for value in (tenant, endpoint):
         canonical.add(value)
     return canonical
 
 
-def infer_key(model: ModelInfo, request: InferRequest, tenant: str = "") -> bytes:
-    """The key of a tensor request; 32 bytes."""
-    canonical = _start(model, tenant, "infer")
+def infer_key(
+    model: ModelInfo, request: InferRequest, tenant: str | None = None, serving: Serving = _PLAIN
+) -> bytes:
+    """The key of a tensor request; 32 bytes. `tenant`: None is the request's own."""
+    canonical = _start(model, serving, request.tenant if tenant is None else tenant, "infer")
     layer = model.moe_layers[0] if request.layer is None else request.layer
     states = request.hidden_states
     for value in (layer, states.dtype, tuple(states.shape), states.data):
@@ -71,15 +104,19 @@ def infer_key(model: ModelInfo, request: InferRequest, tenant: str = "") -> byte
     return canonical.digest()
 
 
-def generate_key(model: ModelInfo, request: GenerateRequest, tenant: str = "") -> bytes:
-    """The key of a generation; 32 bytes."""
-    canonical = _start(model, tenant, "generate")
+def generate_key(
+    model: ModelInfo, request: GenerateRequest, tenant: str | None = None, serving: Serving = _PLAIN
+) -> bytes:
+    """The key of a generation; 32 bytes. `tenant`: None is the request's own."""
+    canonical = _start(model, serving, request.tenant if tenant is None else tenant, "generate")
     for tokens in (request.prompt_token_ids, request.emitted):
         canonical.add(struct.pack(f"<{len(tokens)}q", *tokens))
     for field in fields(request.sampling):
         value = getattr(request.sampling, field.name)
         if field.name == "seed" and request.sampling.temperature == 0:
             value = 0  # greedy choices draw no random number
+        if field.name == "stop_token_ids":
+            value = tuple(sorted(set(value)))
         canonical.add(field.name)
         # 1 and 1.0 are one temperature, however the client spelled it.
         canonical.add(float(value) if field.type == "float" else value)

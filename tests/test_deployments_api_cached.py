@@ -1,0 +1,219 @@
+"""A cached answer is the computed one byte for byte, in every format and from either level; only the headers that
+say who asked and who answered differ."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import msgpack
+import numpy as np
+import orjson
+import pytest
+from fake_gateway import HIDDEN, FakeGateway, Reply, ask, doubled, echo
+from fake_second_level import FakeSecondLevel
+from pimoe.runtime.caching import BypassReason, CachedBackend, CacheLimits, RedisLevel, RedisLimits, ResultCache
+from pimoe.runtime.requests import (
+    GenerateAnswer,
+    GenerateRequest,
+    InferAnswer,
+    InferRequest,
+    InferResult,
+    ModelInfo,
+    TokenChunk,
+)
+from redis_server import RedisServer, redis_server
+from waiting import eventually
+
+__all__ = ["redis_server"]
+
+
+class EchoBackend:
+    """Answers as `FakeGateway` does, when it may; each choice at a pace of its own."""
+
+    def __init__(self, model: ModelInfo) -> None:
+        self.model = model
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.computed = 0
+
+    async def infer(self, request: InferRequest) -> InferResult:
+        self.computed += 1
+        await self.gate.wait()
+        return InferResult(doubled(request.hidden_states))
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
+        self.computed += 1
+        pace = self.computed % 4
+        await self.gate.wait()
+        for chunk in echo(request, size=1 + request.sampling.seed % 3):
+            yield chunk
+            for _ in range(pace):
+                await asyncio.sleep(0)
+
+
+class CachedGateway(FakeGateway):
+    """A gateway with the real cache in it."""
+
+    def __init__(self, backend: EchoBackend, second: Any = None) -> None:
+        super().__init__()
+        cache: Any = ResultCache(CacheLimits())
+        seconds = iter(range(1_000, 100_000, 7))
+        self.cached = CachedBackend(backend, cache, second, wall_clock=lambda: next(seconds))
+
+    async def infer(self, request: InferRequest, bypass: BypassReason | None) -> InferAnswer:
+        return await self.cached.infer(request, bypass)
+
+    async def generate(self, request: GenerateRequest, bypass: BypassReason | None) -> GenerateAnswer:
+        return await self.cached.generate(request, bypass)
+
+
+STATES = (np.arange(3 * HIDDEN, dtype=np.float32).reshape(3, HIDDEN) / 7 - 1.3).astype(np.float32)
+TENSOR = {"name": "hidden_states", "shape": [3, HIDDEN], "datatype": "FP32"}
+AS_JSON = {"inputs": [{**TENSOR, "data": STATES.ravel().tolist()}]}
+HEAD = orjson.dumps({"inputs": [{**TENSOR, "parameters": {"binary_data_size": STATES.nbytes}}], "id": "mine"})
+MSGPACK = {"content-type": "application/msgpack"}
+INFER = "/v2/models/echo/infer"
+USER = [{"role": "user", "content": "héllo wörld"}]
+
+
+def binary(output: bool) -> tuple[str, bytes, dict[str, str]]:
+    head = orjson.loads(HEAD) | {"parameters": {"binary_data_output": output, "layer": 2}}
+    packed = orjson.dumps(head)
+    return INFER, packed + STATES.tobytes(), {"inference-header-content-length": str(len(packed))}
+
+
+def completion(**fields: Any) -> tuple[str, bytes, dict[str, str]]:
+    body = {"model": "echo", "prompt": "héllo", "max_tokens": 9, "temperature": 0, **fields}
+    return "/v1/completions", orjson.dumps(body), {}
+
+
+def chat(**fields: Any) -> tuple[str, bytes, dict[str, str]]:
+    body = {"model": "echo", "messages": USER, "max_tokens": 30, "seed": 5, **fields}
+    return "/v1/chat/completions", orjson.dumps(body), {}
+
+
+AS_MSGPACK = {"inputs": [{**TENSOR, "data": STATES.tobytes()}]}
+STREAM = {"stream": True, "stream_options": {"include_usage": True}}
+
+FORMATS: dict[str, tuple[str, bytes, dict[str, str]]] = {
+    "infer json": (INFER, orjson.dumps(AS_JSON), {}),
+    "infer msgpack": (INFER, msgpack.packb(AS_MSGPACK), MSGPACK),
+    "infer binary": binary(output=True),
+    "infer binary to json": binary(output=False),
+    "completion": completion(),
+    "completion logprobs": completion(logprobs=3),
+    "completion n": completion(n=3, seed=4, temperature=0.7),
+    "completion greedy n": completion(n=3),
+    "completion prompts": completion(prompt=["one", "two", "one"], logprobs=1),
+    "completion stop": completion(stop=["llo"], return_token_ids=True),
+    "completion stream": completion(**STREAM),
+    "completion stream logprobs": completion(**STREAM, logprobs=2),
+    "completion stream n": completion(**STREAM, n=4, seed=4, temperature=0.7, max_tokens=20),
+    "completion stream prompts": completion(**STREAM, prompt=["a", "longer", "one"], return_token_ids=True),
+    "chat": chat(),
+    "chat logprobs": chat(logprobs=True, top_logprobs=2),
+    "chat n": chat(n=2),
+    "chat stream": chat(**STREAM),
+    "chat stream logprobs": chat(stream=True, logprobs=True, top_logprobs=2),
+    "chat stream n": chat(**STREAM, n=3),
+}
+
+
+@pytest.fixture(params=[name for name in FORMATS if "stop" not in name])
+def call(request: pytest.FixtureRequest) -> tuple[str, bytes, dict[str, str]]:
+    return FORMATS[request.param]
+
+
+async def send(gateway: FakeGateway, call: tuple[str, bytes, dict[str, str]]) -> Reply:
+    path, body, headers = call
+    reply = await ask(gateway, "POST", path, body, headers)
+    assert (reply.status, reply.complete) == (200, True), reply.body
+    return reply
+
+
+def assert_same(computed: Reply, other: Reply, outcome: str) -> None:
+    assert (computed.headers.pop("x-pimoe-cache"), other.headers.pop("x-pimoe-cache")) == ("miss", outcome)
+    assert computed.headers.pop("x-request-id") != other.headers.pop("x-request-id")
+    assert computed.headers == other.headers
+    assert computed.body == other.body
+    assert len(computed.body) > 50
+
+
+def opened() -> tuple[EchoBackend, FakeGateway]:
+    model = FakeGateway().info
+    assert model is not None
+    backend = EchoBackend(model)
+    return backend, CachedGateway(backend)
+
+
+async def test_from_memory(call: tuple[str, bytes, dict[str, str]]) -> None:
+    backend, gateway = opened()
+    computed = await send(gateway, call)
+    count = backend.computed
+    assert_same(computed, await send(gateway, call), "hit")
+    assert backend.computed == count
+
+
+async def test_joined_to_the_one_under_way(call: tuple[str, bytes, dict[str, str]]) -> None:
+    backend, gateway = opened()
+    backend.gate.clear()
+    asking = []
+    for joined in range(2):
+        asking.append(asyncio.create_task(send(gateway, call)))
+        await eventually(lambda: backend.computed)
+        for _ in range(50 * (1 + joined)):
+            await asyncio.sleep(0)
+    count = backend.computed
+    backend.gate.set()
+    computed, other = await asyncio.gather(*asking)
+    assert_same(computed, other, "coalesced")
+    assert backend.computed == count
+
+
+async def test_from_the_second_level(call: tuple[str, bytes, dict[str, str]]) -> None:
+    backend, _ = opened()
+    second = FakeSecondLevel()
+    computed = await send(CachedGateway(backend, second), call)
+    count = backend.computed
+    assert_same(computed, await send(CachedGateway(backend, second), call), "hit")
+    assert backend.computed == count
+
+
+@pytest.mark.parametrize("key", ["", "0f" * 32], ids=["plain", "encrypted"])
+async def test_from_a_real_server(redis_server: RedisServer, key: str) -> None:
+    limits = RedisLimits(redis_server.url, lookup_timeout_s=10.0, encryption_key=key)
+    backend, _ = opened()
+    levels = [RedisLevel(limits) for _ in range(2)]
+    one, another = (CachedGateway(backend, level) for level in levels)
+    for name, call in FORMATS.items():
+        if "stop" in name:
+            continue
+        one.cached.flush()
+        another.cached.flush()
+        await levels[0].flush()
+        computed = await send(one, call)
+        await eventually(lambda: not levels[0]._pending and not levels[0]._running)
+        assert_same(computed, await send(another, call), "hit")
+    for level in levels:
+        await level.close()
+
+
+async def test_what_a_stop_string_cuts_is_computed_again_to_the_same_bytes() -> None:
+    """The text ends before the tokens do, so that there is nothing whole to store."""
+    _, gateway = opened()
+    replies = [await send(gateway, FORMATS["completion stop"]) for _ in range(2)]
+    assert [reply.headers["x-pimoe-cache"] for reply in replies] == ["miss", "miss"]
+    bodies = [orjson.loads(reply.body) for reply in replies]
+    assert bodies[0]["choices"] == bodies[1]["choices"]
+    assert bodies[0]["choices"][0]["text"] == "hé"
+
+
+async def test_whole_and_streamed_share_one_entry() -> None:
+    _, gateway = opened()
+    outcomes = [
+        (await send(gateway, FORMATS[name])).headers["x-pimoe-cache"]
+        for name in ("completion", "completion stream", "chat stream", "chat", "infer msgpack", "infer json")
+    ]
+    assert outcomes == ["miss", "hit"] * 3
