@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from pimoe.clients import Client
 from pimoe.deployments.cluster import APP_NAME, LocalCluster, free_port, owned_cluster
@@ -34,9 +34,10 @@ class Stand:
         """Where the application answers."""
         return self._cluster.url
 
-    def serve(self, model: Path | None, groups: int) -> None:
-        """Serve `model` (None: the embedded one) as `pimoe serve` would, in place of the one before."""
-        settings = local_settings(None if model is None else str(model.resolve()), groups)
+    def serve(self, model: Path | None, groups: int, overrides: dict[str, Any] | None = None) -> None:
+        """Serve `model` (None: the embedded one) as `pimoe serve` would, in place of the one before; `overrides`
+        as in a file for `pimoe serve --config`."""
+        settings = local_settings(None if model is None else str(model.resolve()), groups, overrides=overrides)
         if self._started:
             self._replace(settings)
         else:
