@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeAlias, TypeVar
 
+from ..batching.classes import class_of
 from ..errors import DeadlineExceededError
 from ..requests import Backend, GenerateRequest, InferRequest, InferResult, TokenChunk
 from .flight import Flight
@@ -71,8 +72,10 @@ class Shared:
     successor: Shared | None = None
 
     def may_be_overtaken_by(self, asker: Asker) -> bool:
-        """Whether that one is more urgent, and early enough for it to matter."""
-        return self.flight.is_empty and asker.request.priority > self.leader.request.priority
+        """Whether that one is more urgent by a class, and early enough for it to matter. Classes are few, so that
+        a computation is begun anew a few times at most."""
+        urgency, leaders = class_of(asker.request.priority), class_of(self.leader.request.priority)
+        return self.flight.is_empty and urgency > leaders
 
     async def wait_looked_up(self, deadline: float) -> None:
         """Until `looked_up`.
