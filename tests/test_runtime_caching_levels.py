@@ -370,7 +370,7 @@ async def test_an_urgent_tensor_request_takes_over_once_for_each_class() -> None
     answers = await asyncio.gather(*asking)
     assert len({bytes(answer.result.output.data) for answer in answers}) == 1
     assert [request.priority for request in gateways.backend.inferences] == [0.0, 0.2, 0.9]
-    await eventually(lambda: gateways.backend.closed == 4)
+    await eventually(lambda: gateways.backend.closed == 3)
 
 
 # Computing ahead
