@@ -48,6 +48,7 @@ def build(args: AppSettings | dict[str, Any]) -> Application:
         for name, experts, settings in groups
     }
     placed = tuple((name, experts) for name, experts, _ in groups)
+    live = {"batching": args.router.batching.model_dump(), "queue": args.router.queue.model_dump()}
     router_config = RouterConfig(
         name=args.served_name,
         folder=folder,
@@ -56,15 +57,15 @@ def build(args: AppSettings | dict[str, Any]) -> Application:
         threads=args.router.threads,
         groups=placed,
         limits=args.router.to_limits(),
+        live=live,
     )
-    live = {"batching": args.router.batching.model_dump(), "queue": args.router.queue.model_dump()}
     router_app = _deployment(RouterReplica, "router", args, args.router, live).bind(
         router_config, links, list(group_apps.values())
     )
     ingress = serve.ingress()(GatewayReplica)
-    live = {"cache": args.gateway.cache.live()}
-    gateway = _deployment(ingress, "gateway", args, args.gateway, live, _INGRESS_ENVIRONMENT)
-    return cast(Application, gateway.bind(_gateway_config(args, placed), links, router_app, group_apps))
+    gateway_config = _gateway_config(args, placed)
+    gateway = _deployment(ingress, "gateway", args, args.gateway, dict(gateway_config.live), _INGRESS_ENVIRONMENT)
+    return cast(Application, gateway.bind(gateway_config, links, router_app, group_apps))
 
 
 # The ingress does nothing that blocks, and a hop between threads would cost it a third of its requests/s.
@@ -100,6 +101,7 @@ def _gateway_config(args: AppSettings, placed: tuple[tuple[str, tuple[int, ...]]
         groups=placed,
         api=args.gateway.to_api(),
         cache=cache.to_limits(),
+        live={"cache": cache.live()},
         second_level=cache.to_second_level(),
         share_tenants=cache.share_tenants,
         prefetch=cache.to_prefetch(),

@@ -16,7 +16,7 @@ from ..runtime.model.checkpoint import Checkpoint
 from ..runtime.model.families import read_spec
 from ..runtime.tensors import torch_dtype
 from .autoscaling import LoadMeter
-from .replica import LinkConfig, choose_device, identity, listen
+from .replica import LinkConfig, LiveSettings, choose_device, identity, listen
 
 _START_TIMEOUT_S = 30.0
 _DRAIN_S = 0.2
@@ -47,6 +47,7 @@ class ExpertGroupReplica:
         self._config = config
         self._fingerprint = checkpoint.fingerprint()
         self._load = LoadMeter()
+        self._live = LiveSettings({"threads": config.threads})
         self._handler = ExpertGroupHandler(group, device)
         # A thread of its own: computing must not hold up Serve's health checks.
         self._thread = LoopThread(config.name)
@@ -62,6 +63,7 @@ class ExpertGroupReplica:
             "name": self._config.name,
             "fingerprint": self._fingerprint,
             **self._handler.describe(),
+            "refused_settings": self._live.refused,
         }
 
     def record_autoscaling_stats(self) -> dict[str, float]:
@@ -69,8 +71,10 @@ class ExpertGroupReplica:
         return self._load.read(self._handler.group.statistics().busy_s)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Live settings: `threads`."""
-        torch.set_num_threads(int(user_config.get("threads", self._config.threads)))
+        """Live settings: `threads`; see `LiveSettings`."""
+        self._live.take(
+            user_config, lambda given: torch.set_num_threads(int(given.get("threads", self._config.threads)))
+        )
 
     def check_health(self) -> None:
         """Raises: UnavailableError when the computing thread is dead."""

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from .api.app import create_app
 from .api.context import ApiSettings
 from .metrics import GatewayMetrics
 from .metrics_page import render
-from .replica import LinkConfig, describe_all, identity, make_pool
+from .replica import LinkConfig, LiveSettings, describe_all, identity, make_pool
 from .settings import CacheSettings
 from .totals import add_up
 
@@ -52,6 +53,7 @@ class GatewayConfig:
     groups: tuple[tuple[str, tuple[int, ...]], ...]  # name and experts of each
     api: ApiSettings
     cache: CacheLimits
+    live: Mapping[str, Any]  # see `LiveSettings`
     second_level: RedisLimits | None = None
     share_tenants: bool = False
     prefetch: PrefetchLimits = field(default_factory=PrefetchLimits)
@@ -84,6 +86,7 @@ class GatewayReplica:
         )
         self._cache.watcher = self._prefetcher
         self._metrics = GatewayMetrics()
+        self._live = LiveSettings(config.live)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Serve after the constructor."""
@@ -183,18 +186,24 @@ class GatewayReplica:
             },
             "routers": self._pool.statistics()._asdict(),
             "requests": self._metrics.snapshot(),
+            "refused_settings": self._live.refused,
         }
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Live settings: `cache`, as in the application's settings, but for its second level and tenants. Also the
-        moment to start the links: Serve calls it once after the constructor, on the loop that requests run on."""
-        if "cache" in user_config:
-            settings = CacheSettings(**user_config["cache"])
-            self._cache.cache.limits = settings.to_limits()
-            if (prefetch := settings.to_prefetch()) != self._prefetcher.limits:
-                self._prefetcher.limits = prefetch
+        """Live settings: `cache`, as in the application's settings, but for its second level and tenants; see
+        `LiveSettings`. Also the moment to start the links: Serve calls it once after the constructor, on the loop
+        that requests run on."""
+        self._live.take(user_config, self._change)
         await self._pool.start()
         self._prefetcher.start()
+
+    def _change(self, user_config: Mapping[str, Any]) -> None:
+        if "cache" in user_config:
+            settings = CacheSettings.model_validate(user_config["cache"])
+            limits, prefetch = settings.to_limits(), settings.to_prefetch()
+            self._cache.cache.limits = limits
+            if prefetch != self._prefetcher.limits:
+                self._prefetcher.limits = prefetch
 
     async def __del__(self) -> None:
         """Called by Serve when the replica is drained and stops."""

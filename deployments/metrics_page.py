@@ -38,6 +38,7 @@ class _Page(Collector):
         yield from _engine_families(self._status["routers"])
         yield from _dispatch_families(self._status["routers"])
         yield from _group_families(self._status["groups"])
+        yield _refused_settings(self._status)
 
 
 _GAUGE, _COUNTER = GaugeMetricFamily, CounterMetricFamily
@@ -261,3 +262,13 @@ def _group_families(groups: Sequence[Mapping[str, Any]]) -> Iterator[Metric]:
             busy.add_metric(key, statistics["busy_s"])
             rows.add_metric(key, statistics["rows"])
     yield from (weights, busy, rows)
+
+
+def _refused_settings(status: Mapping[str, Any]) -> Metric:
+    refused = GaugeMetricFamily(
+        "pimoe_settings_refused", "Whether the latest live settings were wrong", labels=["deployment", "replica"]
+    )
+    groups = [replica for group in status["groups"] for replica in group["replicas"]]
+    for replica in (*status["gateways"], *status["routers"], *groups):
+        refused.add_metric([replica["deployment"], replica["id"]], bool(replica.get("refused_settings")))
+    return refused

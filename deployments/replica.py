@@ -1,4 +1,5 @@
-"""What all three deployments share: the replica's identity, its link server, and discovery of others."""
+"""What all three deployments share: the replica's identity, its link server, discovery of others, and how live
+settings are taken."""
 
 from __future__ import annotations
 
@@ -6,13 +7,14 @@ import asyncio
 import logging
 import os
 import ssl as tls
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import ray
 from ray import serve
 
+from ..runtime.errors import ConfigurationError
 from ..runtime.links import Endpoint, LinkLimits, LinkPool, LinkServer
 from ..runtime.links.addresses import new_unix_address
 from ..runtime.links.messages import Handler
@@ -132,3 +134,49 @@ def choose_device(device: str) -> str:
     import torch
 
     return "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu"
+
+
+class LiveSettings:
+    """Guards `reconfigure`: a running replica keeps its settings where new ones are wrong. Serve would end it, and
+    start others that fail in the same way, until nothing serves any more.
+
+    Args:
+        base: the sections that may change, as the application's `args` have them. What a `user_config` leaves out
+            is as it is there.
+
+    Attributes:
+        refused: what is wrong with the latest `user_config`; None: it is in force. For the status page.
+    """
+
+    def __init__(self, base: Mapping[str, Any]) -> None:
+        self.refused: str | None = None
+        self._base = base
+        self._in_force = False
+
+    def take(self, user_config: Mapping[str, Any], change: Callable[[Mapping[str, Any]], None]) -> None:
+        """Puts a `user_config` in force with `change`, which reads all of it before it changes anything.
+
+        Raises:
+            Exception: it is wrong, and the replica only starts: then the deployment fails, as it should.
+        """
+        try:
+            change({name: self._section(name, given) for name, given in user_config.items()})
+        except Exception as error:  # pydantic's, ours, or whatever a value of a wrong type leads to
+            if not self._in_force:
+                raise
+            self.refused = " ".join(str(error).split()).partition(" For further information")[0]
+            _log.error("the new live settings are refused, the old ones stay: %s", self.refused)
+        else:
+            self.refused, self._in_force = None, True
+
+    def _section(self, name: str, given: Any) -> Any:
+        if name not in self._base:
+            raise ConfigurationError(f"{name!r} is none of {', '.join(self._base)}", "user_config")
+        base = self._base[name]
+        if not isinstance(base, Mapping):
+            return given
+        if not isinstance(given, Mapping):
+            raise ConfigurationError(f"{name} is {given!r}; it must be a map", "user_config")
+        if unknown := sorted(map(str, given.keys() - base.keys())):
+            raise ConfigurationError(f"{name}.{unknown[0]} cannot change while serving", "user_config")
+        return {**base, **given}

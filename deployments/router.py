@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from ..runtime.router.server import RouterHandler
 from ..runtime.routing.dispatch import Dispatcher
 from ..runtime.routing.plan import Placement
 from .autoscaling import LoadMeter
-from .replica import LinkConfig, choose_device, identity, listen, make_pool
+from .replica import LinkConfig, LiveSettings, choose_device, identity, listen, make_pool
 from .settings import BatchSettings, QueueSettings
 
 _START_TIMEOUT_S = 60.0
@@ -38,6 +40,7 @@ class RouterConfig:
     threads: int
     groups: tuple[tuple[str, tuple[int, ...]], ...]  # name and experts of each
     limits: RouterLimits
+    live: Mapping[str, Any]  # see `LiveSettings`
 
 
 class RouterReplica:
@@ -50,6 +53,7 @@ class RouterReplica:
         self._trunk = load_trunk(Path(config.folder), config.name, config.dtype, self._device)
         self._fingerprint = Checkpoint(config.folder).fingerprint()
         self._load = LoadMeter()
+        self._live = LiveSettings(config.live)
         self._thread = LoopThread("router")
         self._thread.run(self._start(links, group_handles), _START_TIMEOUT_S)
         gc.freeze()  # what is loaded stays; a full collection over it would hold requests up for 0.1 s
@@ -82,6 +86,7 @@ class RouterReplica:
             "model": self._trunk.info.to_wire(),
             "weights_bytes": self._trunk.weights_bytes,
             "groups": [_describe_pool(pool) for pool in self._pools],
+            "refused_settings": self._live.refused,
             "statistics": self._router.statistics(),
         }
 
@@ -90,12 +95,19 @@ class RouterReplica:
         return self._load.read(self._router.busy_s())
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Live settings: `batching` and `queue`, as in the application's settings."""
-        later = self._thread.loop.call_soon_threadsafe
-        if "batching" in user_config:
-            later(self._router.set_batch_limits, BatchSettings(**user_config["batching"]).to_limits())
+        """Live settings: `batching` and `queue`, as in the application's settings; see `LiveSettings`."""
+        self._live.take(user_config, self._change)
+
+    def _change(self, user_config: Mapping[str, Any]) -> None:
+        changes: list[Callable[[], None]] = []
         if "queue" in user_config:
-            later(self._router.set_queue_limits, QueueSettings(**user_config["queue"]).to_limits())
+            queue = QueueSettings.model_validate(user_config["queue"]).to_limits()
+            changes.append(partial(self._router.set_queue_limits, queue))
+        if "batching" in user_config:
+            batching = BatchSettings.model_validate(user_config["batching"]).to_limits()
+            changes.append(partial(self._router.set_batch_limits, batching))
+        for change in changes:
+            self._thread.loop.call_soon_threadsafe(change)
 
     def check_health(self) -> None:
         """Raises: UnavailableError when the computing thread, or a loop on it, is dead."""

@@ -24,6 +24,8 @@ _COUNTS = ("refused", "shed", "expired", "cancelled")
 # What asks for the state of things rather than for answers; this view asks once for every look.
 _WATCHERS = ("/admin/status", "/metrics", "/health", "/v2/ready", "/v2/live")
 
+_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+
 
 def show_status(client: Client, console: Console) -> None:
     """What runs where, what waits, what the cache did; once."""
@@ -60,12 +62,19 @@ def status_view(status: Mapping[str, Any], rates: str = "") -> Group:
         parts += [queue_table(status), *(Text(line) for line in lines if line), Text()]
     else:
         parts.append(Text("no router answers yet", style="red"))
-    return Group(*parts, replica_table(status))
+    refused = [Text(line, style="red") for line in _refused_lines(status)]
+    return Group(*parts, replica_table(status), *refused)
 
 
 def queue_table(status: Mapping[str, Any]) -> Table:
     """What waits and what became of the rest, by queue and class; classes that nobody used are left out."""
-    table = Table(title="queues", title_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    table = Table(
+        title="queues; counts and waits since start",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        show_edge=False,
+    )
     table.add_column("", min_width=13, no_wrap=True)
     for column in ("waiting", "tokens", "p50 wait", "p99 wait", *_COUNTS):
         table.add_column(column, justify="right", no_wrap=column in _COUNTS, min_width=6)
@@ -90,8 +99,8 @@ def _bound_text(waits: Mapping[str, Any], share: float) -> str:
     if seconds is None:
         return ""
     if math.isinf(seconds):
-        return f"> {waits['bounds'][-1]:g} s"
-    return f"< {seconds:g} s" if seconds >= 1 else f"<{1000 * seconds:g} ms"
+        return f">{waits['bounds'][-1]:g} s"
+    return f"<{seconds:g} s" if seconds >= 1 else f"<{1000 * seconds:g} ms"
 
 
 def short(number: float) -> str:
@@ -102,7 +111,7 @@ def short(number: float) -> str:
         number /= 1000
         if number < 999.5 or unit == "T":
             break
-    return f"{number:.{max(0, 2 - int(math.log10(number)))}f}{unit}"
+    return f"{number:.3g}{unit}"
 
 
 def _batch_lines(status: Mapping[str, Any]) -> Iterator[str]:
@@ -123,24 +132,33 @@ def _generation_lines(status: Mapping[str, Any]) -> Iterator[str]:
     totals = add_up([engine for engine in engines if engine is not None])
     if totals.get("steps"):
         tokens = f"{totals['prefill_tokens']:,} prompt tokens, {totals['decode_tokens']:,} generated"
-        yield f"generation: {totals['running']:,} sequences, KV cache {_mib(totals['kv_bytes'])}; {tokens}"
+        yield f"generation: {totals['running']:,} sequences, KV cache {_size(totals['kv_bytes'])}; {tokens}"
 
 
 def _cache_lines(cache: Mapping[str, Any]) -> Iterator[str]:
     if not cache:
         return
     outcomes = ", ".join(f"{name} {count:,}" for name, count in cache["outcomes"].items() if count)
-    size = f"{cache['entries']:,} entries, {_mib(cache['bytes'])} of {_mib(cache['max_bytes'])}"
+    size = f"{cache['entries']:,} entries, {_size(cache['bytes'])} of {_size(cache['max_bytes'])}"
     yield f"cache: {size}; requests: {outcomes or 'none yet'}"
     if second := cache.get("second"):
         misses, dropped = sum(second["misses"].values()), sum(second["dropped"].values())
-        trouble = "; left alone for its failures" if second["breaker_open"] else ""
+        trouble = "; breaker open" if second["breaker_open"] else ""
         counts = f"hits {second['hits']:,}, misses {misses:,}, written {second['written']:,}, dropped {dropped:,}"
         yield f"  second level: {counts}{trouble}"
 
 
-def _mib(size_bytes: float) -> str:
-    return f"{size_bytes / 2**20:,.1f} MiB"
+def _size(size_bytes: float) -> str:
+    unit, size = next((u, size_bytes / n) for u, n in _UNITS if size_bytes >= n or n == 1024)
+    return f"{size:,.1f} {unit}"
+
+
+def _refused_lines(status: Mapping[str, Any]) -> Iterator[str]:
+    """Live settings that a replica did not take: Serve calls the deployment updated all the same."""
+    groups = [replica for group in status["groups"] for replica in group["replicas"]]
+    for replica in (*status["gateways"], *status["routers"], *groups):
+        if replica.get("refused_settings"):
+            yield f"{replica['id']} keeps its old settings: {replica['refused_settings']}"
 
 
 def replica_table(status: Mapping[str, Any]) -> Table:
@@ -156,7 +174,7 @@ def replica_table(status: Mapping[str, Any]) -> Table:
         *((group["name"], group["replicas"], _experts_text(group["experts"])) for group in status["groups"]),
     ):
         for replica in replicas:
-            weights = _mib(replica["weights_bytes"]) if "weights_bytes" in replica else ""
+            weights = _size(replica["weights_bytes"]) if "weights_bytes" in replica else ""
             state = Text(replica["state"], style="" if replica["state"] == "running" else "red")
             table.add_row(label, replica["id"], str(replica["pid"]), state, holds, weights)
         if not replicas:
@@ -177,11 +195,12 @@ def rates_line(before: Mapping[str, Any], now: Mapping[str, Any], seconds: float
     if seconds <= 0:
         return ""
     old, new = dict(_counters(before)), dict(_counters(now))
-    done = dict.fromkeys(("requests", "tensor tokens", "prompt tokens", "generated tokens"), 0.0)
+    done = dict.fromkeys(("requests", "tensor", "prompt", "generated"), 0.0)
     for key, count in new.items():
         # Another gateway may show what it last knew of a replica that hangs: less than was known already.
         done[key[1]] += max(0.0, count - old.get(key, 0.0))
-    return "per second: " + ", ".join(f"{count / seconds:,.1f} {name}" for name, count in done.items())
+    requests, *tokens = (f"{count / seconds:,.1f} {name}" for name, count in done.items())
+    return f"per second: {requests}; tokens: {', '.join(tokens)}"
 
 
 def _counters(status: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], float]]:
@@ -191,7 +210,7 @@ def _counters(status: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], floa
         yield (gateway["id"], "requests"), float(sum(counts))
     for router in status["routers"]:
         batcher, engine = router["statistics"]["batcher"], router["statistics"]["engine"]
-        yield (router["id"], "tensor tokens"), float(batcher["tokens"])
+        yield (router["id"], "tensor"), float(batcher["tokens"])
         if engine is not None:
-            yield (router["id"], "prompt tokens"), float(engine["prefill_tokens"])
-            yield (router["id"], "generated tokens"), float(engine["decode_tokens"])
+            yield (router["id"], "prompt"), float(engine["prefill_tokens"])
+            yield (router["id"], "generated"), float(engine["decode_tokens"])

@@ -7,13 +7,17 @@ from typing import Any
 
 
 def add_up(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Numbers summed, maps key by key; histograms added bucket by bucket; all else left out."""
+    """Numbers summed, maps key by key; histograms added bucket by bucket; all else left out. A part that lacks a
+    key, or has None for it, adds nothing."""
     total: dict[str, Any] = {}
     for key in dict.fromkeys(key for part in parts for key in part):
-        values = [part[key] for part in parts if key in part]
-        if all(isinstance(value, Mapping) for value in values):
-            total[key] = _histogram(values) if "bounds" in values[0] else add_up(values)
-        elif all(isinstance(value, int | float) for value in values):
+        values = [part[key] for part in parts if part.get(key) is not None]
+        if values and all(isinstance(value, Mapping) for value in values):
+            if "bounds" not in values[0]:
+                total[key] = add_up(values)
+            elif all(value.get("bounds") == values[0]["bounds"] for value in values):  # or of another version
+                total[key] = _histogram(values)
+        elif values and all(isinstance(value, int | float) for value in values):
             total[key] = sum(values)
     return total
 

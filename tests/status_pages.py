@@ -30,11 +30,11 @@ def queue(**classes: dict[str, Any]) -> dict[str, Any]:
     page: dict[str, Any] = books.statistics()._asdict()
     for name, fields in classes.items():
         waits = Histogram()
-        for seconds in fields.pop("waits", ()):
+        for seconds in fields.get("waits", ()):
             waits.add(seconds)
-        page["classes"][name].update(fields, waits=waits.snapshot())
-        for field, value in fields.items():
-            page[field] += value
+        page["classes"][name].update({**fields, "waits": waits.snapshot()})
+        for field in fields.keys() - {"waits"}:
+            page[field] += fields[field]
     return page
 
 
@@ -69,6 +69,7 @@ def router(name: str = "a1b2c3d4", per_expert: bool = False, **parts: Any) -> di
     dispatch = DispatchStatistics(3, (40, 2), (20, 20, 1, 1), 0.5).as_plain(per_expert)
     return {
         "id": name,
+        "deployment": name.rpartition("-")[0] or name,
         "deployment": "router",
         "pid": 4_194_304,
         "state": parts.get("state", "running"),
@@ -100,6 +101,7 @@ def gateway(
     histograms = {route: waits.snapshot() for route, _, _ in requests}
     return {
         "id": name,
+        "deployment": name.rpartition("-")[0] or name,
         "deployment": "gateway",
         "pid": 4_194_303,
         "state": "running",
@@ -116,7 +118,14 @@ def gateway(
 def group_replica(name: str) -> dict[str, Any]:
     """A replica of an expert group."""
     statistics = {"batches": 3, "rows": 42, "pairs": 84, "busy_s": 1.5}
-    return {"id": name, "pid": 77, "state": "running", "weights_bytes": 1_000, "statistics": statistics}
+    return {
+        "id": name,
+        "deployment": "group",
+        "pid": 77,
+        "state": "running",
+        "weights_bytes": 1_000,
+        "statistics": statistics,
+    }
 
 
 def page(routers: list[dict[str, Any]], gateways: list[dict[str, Any]] | None = None) -> dict[str, Any]:

@@ -10,16 +10,20 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "load_tests" / "isolation.py"
+FOLDER = Path(__file__).parents[1] / "load_tests"
 
 
-@pytest.fixture(scope="module")
-def facts() -> dict[str, Any]:
-    command = [sys.executable, str(SCRIPT), "--preset", "tiny", "--json", "-"]
+def run_tiny(script: str) -> dict[str, Any]:
+    command = [sys.executable, str(FOLDER / script), "--preset", "tiny", "--json", "-"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
+
+
+@pytest.fixture(scope="module")
+def facts() -> dict[str, Any]:
+    return run_tiny("isolation.py")
 
 
 def test_the_machine_is_named(facts: dict[str, Any]) -> None:
@@ -47,3 +51,34 @@ def test_generation_is_measured_in_process_in_processes_and_served(facts: dict[s
     for (count, _), row in rows.items():
         limit = max(rows[count, way]["tokens_per_s"] for way in local)
         assert row["ratio"] == pytest.approx(row["tokens_per_s"] / limit)
+
+
+def test_overload_accounts_for_every_request_under_both_orders() -> None:
+    facts = run_tiny("overload.py")
+    assert facts["capacity"]["tokens_per_s"] > 0
+    assert [phase["order"] for phase in facts["orders"]] == ["priority", "fifo"]
+    offered = []
+    for phase in facts["orders"]:
+        assert [row["name"] for row in phase["rows"]] == ["interactive", "default", "batch"]
+        for row in phase["rows"]:
+            assert row["offered"] == row["in_time"] + row["refused"] + row["late"] + row["failed"]
+            assert row["failed"] == 0
+        offered.append([row["offered"] for row in phase["rows"]])
+        assert facts["goodput"][phase["order"]] == sum(row["in_time"] for row in phase["rows"])
+    assert offered[0] == offered[1], "both orders meet the same arrivals"
+    interactive, _, batch = facts["orders"][0]["rows"]
+    assert interactive["in_time"] / interactive["offered"] > batch["in_time"] / batch["offered"]
+
+
+def test_cache_policies_are_compared_on_every_trace_and_stay_in_their_bounds() -> None:
+    facts = run_tiny("cache_policies.py")
+    ours = {"fifo", "lru", "sieve", "w-tinylfu"}
+    rows = [row for row in facts["cache_policies"] if row["ours"]]
+    traces = {(row["trace"], row["share"]) for row in facts["cache_policies"]}
+    assert len({trace for trace, _ in traces}) == 4
+    assert {(row["trace"], row["share"], row["contender"]) for row in rows} == {
+        (*trace, policy) for trace in traces for policy in ours
+    }
+    assert all(0 < row["hit_ratio"] < 1 for row in rows)
+    assert all(row["peak"] <= 1 for row in rows)
+    assert set(facts["skipped"]) <= {"cachetools", "cachebox", "moka_py"}

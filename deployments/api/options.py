@@ -128,16 +128,17 @@ def read_tenant(value: bytes) -> str:
 
 
 def _priority(fields: Fields) -> float | None:
+    tier = fields.text("service_tier")
+    if tier is not None and tier != "auto" and tier not in SERVICE_TIERS:
+        raise fields.wrong("service_tier", f"auto or one of {', '.join(SERVICE_TIERS)}")
     given = fields.values.get("priority")
+    if given is None:
+        return SERVICE_TIERS.get(tier or "auto")
     if isinstance(given, str):
         if given not in NAMED_PRIORITIES:
             raise fields.wrong("priority", f"a number from 0 to 1, or one of {', '.join(NAMED_PRIORITIES)}")
         return NAMED_PRIORITIES[given]
-    priority = fields.number("priority", 0.0, 1.0)
-    tier = fields.text("service_tier")
-    if tier is not None and tier != "auto" and tier not in SERVICE_TIERS:
-        raise fields.wrong("service_tier", f"auto or one of {', '.join(SERVICE_TIERS)}")
-    return SERVICE_TIERS.get(tier or "auto") if priority is None else priority
+    return fields.number("priority", 0.0, 1.0)
 
 
 def _longest_s(headers: dict[bytes, bytes]) -> float:
