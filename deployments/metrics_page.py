@@ -90,7 +90,7 @@ def _cache_families(gateways: Sequence[Replica]) -> Iterator[Metric]:
     )
     bypassed = CounterMetricFamily("pimoe_cache_bypassed", "Requests left alone", labels=["reason", *labels])
     dropped = CounterMetricFamily("pimoe_cache_dropped", "Entries in memory, gone", labels=["reason", *labels])
-    superseded = CounterMetricFamily("pimoe_cache_superseded", "Computations begun anew", labels=labels)
+    superseded = CounterMetricFamily("pimoe_cache_superseded", "Computations begun beside another", labels=labels)
     entries = GaugeMetricFamily("pimoe_cache_entries", "Entries in memory", labels=labels)
     sizes = GaugeMetricFamily("pimoe_cache_bytes", "Memory by what it is", labels=["kind", *labels])
     for gateway in gateways:

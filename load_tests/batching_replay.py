@@ -225,7 +225,8 @@ def make_policy(name: str, service: Service, max_latency_s: float, run_batch: Ru
             rows = await run_batch([(request, request.arrival.tokens) for request in requests])
             return Computed([None] * len(requests), rows)
 
-        return Batcher(execute, service.batching, service.queue, asyncio.get_running_loop().time)
+        clock = asyncio.get_running_loop().time
+        return Batcher(execute, service.batching, service.queue, clock, servers=lambda: 1)
     limits = RivalLimits(
         max_batch_tokens=service.batching.max_batch_tokens,
         max_in_flight=service.batching.max_in_flight,

@@ -116,6 +116,10 @@ class HandleGroup:
     def __init__(self, handle: Any) -> None:
         self.handle = handle
 
+    @property
+    def replicas(self) -> int:
+        return 1
+
     async def run(self, layer: int, rows: ExpertRows, deadline: float) -> Tensor:
         """See `GroupBackend`."""
         partial: Tensor = await self.handle.forward.remote(layer, rows)

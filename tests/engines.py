@@ -52,6 +52,10 @@ class ControlledGroup:
         self.layers: list[int] = []
         self.waiting = self.slow_to_leave = 0
 
+    @property
+    def replicas(self) -> int:
+        return 1
+
     async def run(self, layer: int, rows: ExpertRows, deadline: float) -> Tensor:
         """See `GroupBackend`."""
         self.layers.append(layer)

@@ -69,7 +69,6 @@ def router(name: str = "a1b2c3d4", per_expert: bool = False, **parts: Any) -> di
     dispatch = DispatchStatistics(3, (40, 2), (20, 20, 1, 1), 0.5).as_plain(per_expert)
     return {
         "id": name,
-        "deployment": name.rpartition("-")[0] or name,
         "deployment": "router",
         "pid": 4_194_304,
         "state": parts.get("state", "running"),
@@ -101,7 +100,6 @@ def gateway(
     histograms = {route: waits.snapshot() for route, _, _ in requests}
     return {
         "id": name,
-        "deployment": name.rpartition("-")[0] or name,
         "deployment": "gateway",
         "pid": 4_194_303,
         "state": "running",

@@ -7,6 +7,7 @@ from typing import Any
 import orjson
 import pytest
 from fake_gateway import FakeGateway, ask
+from pimoe.deployments.api import ApiSettings
 from pimoe.runtime.errors import UnavailableError
 
 FLUSH = "/admin/cache/flush"
@@ -21,6 +22,10 @@ FLUSH = "/admin/cache/flush"
         ({"scope": "tenant", "tenant": "acme"}, (None, "acme")),
         ({"scope": "tenant", "tenant": ""}, (None, "")),
         ({"scope": "tenant", "tenant": "acme", "model": "echo"}, ("echo", "acme")),
+        ({"model": "echo"}, ("echo", None)),
+        ({"tenant": "acme"}, (None, "acme")),
+        ({"tenant": ""}, (None, "")),
+        ({"scope": None, "tenant": "acme", "model": "echo"}, ("echo", "acme")),
     ],
 )
 async def test_a_flush_names_what_it_reaches(body: dict[str, Any], scope: tuple[str | None, str | None]) -> None:
@@ -35,6 +40,9 @@ async def test_a_flush_names_what_it_reaches(body: dict[str, Any], scope: tuple[
     ("body", "param"),
     [
         ({}, "scope"),
+        ({"tenant": None, "model": None}, "scope"),
+        ({"tenant": "a b"}, "tenant"),
+        ({"model": 1}, "model"),
         ({"scope": "everything"}, "scope"),
         ({"scope": 1}, "scope"),
         ({"scope": "model"}, "model"),
@@ -56,6 +64,24 @@ async def test_a_flush_that_is_not_clear_is_refused(body: Any, param: str | None
     reply = await ask(gateway, "POST", FLUSH, orjson.dumps(body))
     error = orjson.loads(reply.body)
     assert (reply.status, error["code"], error["param"]) == (400, "invalid_request", param)
+    assert gateway.flushes == []
+
+
+@pytest.mark.parametrize("body", [b"", b"{}"])
+async def test_a_flush_of_nothing_is_shown_what_would_be_right(body: bytes) -> None:
+    gateway = FakeGateway()
+    reply = await ask(gateway, "POST", FLUSH, body)
+    error = orjson.loads(reply.body)
+    assert (reply.status, error["param"], gateway.flushes) == (400, "scope", [])
+    assert all(
+        shape in error["detail"] for shape in ('{"scope": "all"}', '{"model": "NAME"}', '{"tenant": "NAME"}')
+    )
+
+
+async def test_a_flush_that_is_too_large_is_called_so() -> None:
+    gateway = FakeGateway(settings=ApiSettings(max_body_bytes=100))
+    assert (await ask(gateway, "POST", FLUSH, b" " * 101)).status == 413
+    assert (await ask(gateway, "POST", FLUSH, b"x", {"content-encoding": "gzip"})).status == 415
     assert gateway.flushes == []
 
 

@@ -11,9 +11,10 @@ import orjson
 import pytest
 from fake_gateway import HIDDEN, FakeGateway, Reply, ask, served
 from pimoe.clients import AsyncClient, Client, InvalidRequestError
-from pimoe.deployments.api import ApiSettings
-from pimoe.deployments.api.options import from_headers
+from pimoe.deployments.api import ApiSettings, create_app
+from pimoe.deployments.api.options import check_one_tenant, from_headers
 from pimoe.runtime.batching import NAMED_PRIORITIES, SERVICE_TIERS
+from pimoe.runtime.errors import InvalidRequestError as RefusedError
 from ray.serve._private.http_util import parse_request_timeout_header
 
 PRIORITY = "x-pimoe-priority"
@@ -250,6 +251,47 @@ async def test_each_operation_of_many_is_bounded() -> None:
     assert reply.status == 200
     assert [request.timeout_s for request in gateway.inferred] == [nearly(50), nearly(50), nearly(30)]
     assert [request.priority for request in gateway.inferred] == [1.0, 1.0, 0.0]
+
+
+# Tenant ----------------------------------------------------------------------------------------------------------
+
+
+def two_tenants(app: Any, names: tuple[str, str], header: bytes = b"x-pimoe-tenant") -> Any:
+    """The application behind a proxy that adds a header where it should have replaced it."""
+
+    async def proxied(scope: Any, receive: Any, send: Any) -> None:
+        tenants = [(header, name.encode()) for name in names]
+        await app({**scope, "headers": [*scope["headers"], *tenants]}, receive, send)
+
+    return proxied
+
+
+@pytest.mark.parametrize("route", V1 + V2)
+@pytest.mark.parametrize("names", [("a", "b"), ("b", "a"), ("a", "a"), ("", "a"), ("a", "")])
+async def test_two_tenants_are_refused(
+    monkeypatch: pytest.MonkeyPatch, route: str, names: tuple[str, str]
+) -> None:
+    monkeypatch.setattr("fake_gateway.create_app", lambda gateway: two_tenants(create_app(gateway), names))
+    gateway = FakeGateway()
+    reply = await send(gateway, route)
+    assert reply.status == 400
+    assert b"more than once" in reply.body
+    assert [*gateway.generated, *gateway.inferred] == []
+
+
+def test_names_of_headers_have_no_case() -> None:
+    with pytest.raises(RefusedError, match="more than once"):
+        check_one_tenant([(b"x-pimoe-tenant", b"a"), (b"X-Pimoe-Tenant", b"b")])
+    check_one_tenant([(b"x-pimoe-tenant", b"a"), (b"x-other", b"b"), (b"x-other", b"b")])
+
+
+@pytest.mark.parametrize("route", V1 + V2)
+async def test_other_headers_may_be_there_twice(monkeypatch: pytest.MonkeyPatch, route: str) -> None:
+    def twice(gateway: FakeGateway) -> Any:
+        return two_tenants(create_app(gateway), ("a", "b"), b"x-other")
+
+    monkeypatch.setattr("fake_gateway.create_app", twice)
+    assert (await reached(route, {}, {"x-pimoe-tenant": "acme"})).tenant == "acme"
 
 
 # Our client ------------------------------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ PROMISED = {
     "pimoe_group_weights_bytes": {"group", "replica"},
     "pimoe_requests_total": {"route", "status", "replica"},
     "pimoe_requests_running": {"replica"},
+    "pimoe_settings_refused": {"deployment", "replica"},
     "pimoe_request_duration_seconds_bucket": {"route", "replica", "le"},
     "pimoe_time_to_first_byte_seconds_bucket": {"route", "replica", "le"},
     "pimoe_cache_requests_total": {"outcome", "replica"},
@@ -246,7 +247,7 @@ def test_labels_come_from_fixed_sets_or_from_the_deployment() -> None:
     assert seen["replica"] == {"r1", "r2", "g1", "g2", "group-0-r", "group-1-r"}
     assert seen.keys() == {
         *("queue", "class", "group", "expert", "replica", "route", "status"),
-        *("reason", "outcome", "event", "kind", "le"),
+        *("reason", "outcome", "event", "kind", "deployment", "le"),
     }
 
 

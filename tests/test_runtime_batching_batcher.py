@@ -65,10 +65,16 @@ class Model:
 class Bench:
     """A batcher under test."""
 
-    def __init__(self, limits: BatchLimits, queue_limits: QueueLimits, clock: Clock) -> None:
+    def __init__(
+        self,
+        limits: BatchLimits,
+        queue_limits: QueueLimits,
+        clock: Clock,
+        servers: Callable[[], int] | None,
+    ) -> None:
         self.model = Model()
         self.clock = clock
-        self.batcher: Batcher[str, str] = Batcher(self.model, limits, queue_limits, clock)
+        self.batcher: Batcher[str, str] = Batcher(self.model, limits, queue_limits, clock, servers)
 
     def submit(
         self,
@@ -104,10 +110,14 @@ async def bench(
     max_wait_s: float = HOUR_S,
     max_in_flight: int = 2,
     queue_limits: QueueLimits | None = None,
+    servers: Callable[[], int] | None = None,
     **limits: Any,
 ) -> AsyncIterator[Bench]:
     made = Bench(
-        BatchLimits(max_batch_tokens, max_wait_s, max_in_flight, **limits), queue_limits or QueueLimits(), Clock()
+        BatchLimits(max_batch_tokens, max_wait_s, max_in_flight, **limits),
+        queue_limits or QueueLimits(),
+        Clock(),
+        servers,
     )
     made.batcher.start()
     try:
@@ -191,7 +201,8 @@ async def test_the_longest_wait_counts_from_arrival() -> None:
 
 
 async def test_used_up_slack_closes_a_batch() -> None:
-    async with bench(service_margin_s=HOUR_S - TINY_S) as b:
+    # A tenth of its time is kept back, while nothing is known of how long batches take.
+    async with bench(service_margin_s=0.9 * HOUR_S - TINY_S) as b:
         results = [b.submit("a", timeout_s=HOUR_S)]
         await b.dispatched("a")
         results.append(b.submit("b", timeout_s=HOUR_S))
@@ -520,7 +531,7 @@ async def teach_full(b: Bench) -> None:
 
 
 async def test_batches_are_bound_as_late_as_downstream_allows() -> None:
-    async with bench(max_in_flight=2) as b:
+    async with bench(max_in_flight=2, servers=lambda: 1) as b:
         await teach(b)
         results = [b.submit("x", tokens=4, timeout_s=HOUR_S)]
         await b.dispatched("x")
@@ -552,11 +563,11 @@ async def test_nobody_queues_behind_more_than_can_be_done_in_their_time() -> Non
         results += [b.submit(value, tokens=4, timeout_s=HOUR_S) for value in "ab"]
         await settle()
         with pytest.raises(OverloadedError, match="more waits before this request") as refused:
-            await b.submit("c", timeout_s=11.9)  # four seconds of x and eight of the others
+            await b.submit("c", timeout_s=7.0)  # eight seconds of the others
         assert (refused.value.retry_after_s or 0) > 0
         assert b.batcher.statistics().queue.refused == 1
         results.append(b.submit("d", timeout_s=20.0))
-        results.append(b.submit("e", priority=1.0, timeout_s=11.9))  # goes first
+        results.append(b.submit("e", priority=1.0, timeout_s=7.0))  # goes first
         await settle()
         assert len(b.batcher.queue) == 4
         b.batcher.drain()
@@ -567,17 +578,103 @@ async def test_nobody_queues_behind_more_than_can_be_done_in_their_time() -> Non
         assert await asyncio.gather(*results) == ["X", "A", "B", "D", "E"]
 
 
-async def test_what_cannot_be_done_in_time_is_not_begun() -> None:
+async def test_what_cannot_be_done_in_time_is_not_begun_while_others_wait() -> None:
     async with bench(max_in_flight=1) as b:
         await teach(b)
-        with pytest.raises(DeadlineExceededError, match="in the queue"):
-            await b.submit("a", tokens=4, timeout_s=3.0)
-        assert b.model.batches == []
-        assert b.batcher.statistics().queue.expired == 1
-        in_time = b.submit("b", tokens=4, timeout_s=5.0)
-        await b.dispatched("b")
+        results = [b.submit("x", timeout_s=HOUR_S)]
+        await b.dispatched("x")
+        late = b.submit("a", tokens=2, timeout_s=3.0)
+        results += [b.submit(value, tokens=2, timeout_s=HOUR_S) for value in "bcd"]
+        await settle()
+        b.clock.now += 1.0
         b.model.finish()
-        assert await in_time == "B"
+        await b.dispatched("x", "bc")  # with a, it would take four seconds, of which a has two
+        with pytest.raises(DeadlineExceededError, match="in the queue"):
+            await late
+        assert b.batcher.statistics().queue.expired == 1
+        b.model.finish()
+        await b.dispatched("x", "bc", "d")
+        b.model.finish()
+        assert await asyncio.gather(*results) == ["X", "B", "C", "D"]
+
+
+async def test_an_idle_model_tries_what_it_expects_to_be_late() -> None:
+    async with bench(max_in_flight=1) as b:
+        await teach(b)
+        tried = b.submit("a", tokens=4, timeout_s=3.0)  # it has taken four seconds
+        await b.dispatched("a")
+        b.model.finish()
+        assert await tried == "A"
+        backlog = [b.submit(value, tokens=4, timeout_s=3.0) for value in "bcd"]
+        for batches in (["a", "b"], ["a", "b", "c"], ["a", "b", "c", "d"]):
+            await b.dispatched(*batches)
+            b.model.finish()
+        assert await asyncio.gather(*backlog) == ["B", "C", "D"]
+        assert b.batcher.statistics().queue.expired == 0
+
+
+async def test_of_two_servers_the_third_batch_waits_for_the_first_to_end() -> None:
+    async with bench(max_in_flight=3, max_wait_s=0.0, servers=lambda: 2) as b:
+        await teach(b)
+        results = [b.submit(value, tokens=4, timeout_s=HOUR_S) for value in "xy"]
+        await b.dispatched("x", "y")  # the second is not held
+        results.append(b.submit("a", tokens=4, timeout_s=HOUR_S))
+        await settle()
+        await b.dispatched("x", "y")
+        b.clock.now += 3.999
+        b.batcher.limits = b.batcher.limits  # looks again, as it would by its timer
+        await b.dispatched("x", "y", "a")
+        while b.model.running:
+            b.model.finish()
+        assert await asyncio.gather(*results) == ["X", "Y", "A"]
+
+
+async def test_where_servers_are_not_known_no_batch_is_held() -> None:
+    async with bench(max_in_flight=3, max_wait_s=0.0) as b:
+        await teach(b)
+        results = [b.submit(value, tokens=4, timeout_s=HOUR_S) for value in "xya"]
+        await b.dispatched("x", "y", "a")
+        while b.model.running:
+            b.model.finish()
+        assert await asyncio.gather(*results) == ["X", "Y", "A"]
+
+
+@pytest.mark.parametrize(("timeout_s", "batches"), [(3.5, ["u", "ab"]), (HOUR_S, ["ua", "b"])])
+async def test_a_batch_leaves_out_what_would_make_its_most_important_item_late(
+    timeout_s: float, batches: list[str]
+) -> None:
+    async with bench(max_in_flight=1) as b:
+        await teach(b)
+        results = [b.submit("x", timeout_s=HOUR_S)]
+        await b.dispatched("x")
+        results.append(b.submit("u", tokens=2, priority=1.0, timeout_s=timeout_s))
+        results += [b.submit(value, tokens=2, priority=0.0, timeout_s=HOUR_S) for value in "ab"]
+        await settle()
+        b.clock.now += 1.0
+        b.model.finish()
+        await b.dispatched("x", batches[0])
+        b.clock.now += float(2 * len(batches[0]))
+        b.model.finish()
+        await b.dispatched("x", *batches)
+        b.model.finish()
+        assert await asyncio.gather(*results) == ["X", "U", "A", "B"]
+
+
+async def test_nothing_is_left_out_for_what_is_late_anyway() -> None:
+    async with bench(max_in_flight=1) as b:
+        await teach(b)
+        results = [b.submit("x", timeout_s=HOUR_S)]
+        await b.dispatched("x")
+        hopeless = b.submit("u", tokens=2, priority=1.0, timeout_s=2.0)
+        results += [b.submit(value, tokens=2, priority=0.0, timeout_s=HOUR_S) for value in "ab"]
+        await settle()
+        b.clock.now += 1.0
+        b.model.finish()
+        await b.dispatched("x", "ab")
+        with pytest.raises(DeadlineExceededError, match="in the queue"):
+            await hopeless
+        b.model.finish()
+        assert await asyncio.gather(*results) == ["X", "A", "B"]
 
 
 async def test_missed_deadlines_make_batches_smaller_until_they_are_met() -> None:

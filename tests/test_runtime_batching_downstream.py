@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 from pimoe.runtime.batching import BatchLimits
@@ -18,9 +19,9 @@ def fly(downstream: Downstream, tokens: int, start: float, seconds: float, spare
     downstream.ended(flight, start + seconds)
 
 
-def taught(seconds_per_token: float = 0.01) -> tuple[Downstream, float]:
+def taught(servers: Callable[[], int] | None = None, seconds_per_token: float = 0.01) -> tuple[Downstream, float]:
     """One that predicts, and the time it is."""
-    downstream, now = Downstream(1600), 0.0
+    downstream, now = Downstream(1600, servers), 0.0
     for n in range(40):
         tokens = 100 * (1 + n % 8)
         fly(downstream, tokens, now, tokens * seconds_per_token)
@@ -51,18 +52,50 @@ def test_batches_are_worked_off_one_after_the_other() -> None:
 
 
 def test_a_batch_is_bound_no_sooner_than_downstream_needs_it() -> None:
-    downstream, now = taught()
-    assert downstream.hold_until(now) == now  # nothing is in flight
+    downstream, now = taught(lambda: 1)
+    assert downstream.hold_until(now) <= now  # nothing is in flight
     first = downstream.dispatched(100, math.inf, now)
     assert now + 0.9 < downstream.hold_until(now) <= now + 1.0 - 0.005
     second = downstream.dispatched(200, math.inf, now)
     assert now + 2.9 < downstream.hold_until(now) < now + 3.0
     for flight in (second, first):
         downstream.ended(flight, now + 0.1)
-    assert downstream.hold_until(now + 0.1) == now + 0.1
-    unknown = Downstream(1600)
+    assert downstream.hold_until(now + 0.1) <= now + 0.1
+    unknown = Downstream(1600, lambda: 1)
     unknown.dispatched(100, math.inf, 5.0)
     assert unknown.hold_until(5.0) == 5.0
+
+
+def test_where_nobody_knows_how_many_are_computed_at_once_nothing_is_held() -> None:
+    downstream, now = taught(None)
+    for flights in range(5):
+        assert downstream.hold_until(now + flights) == now + flights
+        downstream.dispatched(100, math.inf, now)
+
+
+def test_of_two_servers_a_batch_waits_for_the_first_that_is_free() -> None:
+    downstream, now = taught(lambda: 2)
+    first = downstream.dispatched(100, math.inf, now)
+    assert downstream.hold_until(now) <= downstream.free_at(now) == now
+    second = downstream.dispatched(200, math.inf, now + 0.1)
+    assert downstream.free_at(now + 0.2) == pytest.approx(now + 1.0, rel=1e-3)
+    assert downstream.hold_until(now + 0.2) == downstream.free_at(now + 0.2) - downstream.spare_s
+    downstream.ended(first, now + 0.9)
+    assert downstream.hold_until(now + 0.9) <= now + 0.9
+    downstream.ended(second, now + 2.0)
+    assert downstream.free_at(now + 2.0) == now + 2.0
+
+
+def test_the_number_of_servers_may_change_and_is_at_least_one() -> None:
+    servers = [3]
+    downstream, now = taught(lambda: servers[0])
+    for _ in range(2):
+        downstream.dispatched(100, math.inf, now)
+    assert downstream.hold_until(now) <= now
+    free = []
+    for servers[0] in (2, 1, 0):
+        free.append(downstream.free_at(now))
+    assert free == pytest.approx([now + 1.0, now + 2.0, now + 2.0], rel=1e-3)
 
 
 def test_waiting_for_another_batch_is_not_a_batchs_own_time() -> None:
@@ -127,7 +160,8 @@ def test_the_fixed_share_is_of_a_batch_of_that_size() -> None:
         fly(downstream, tokens, now, 1.0 + tokens * 0.01)
         now += 10.0
     assert downstream.fixed_share(100) == pytest.approx(0.5, rel=0.05)
-    assert downstream.fixed_share(900) == pytest.approx(0.1, rel=0.1)
+    assert downstream.fixed_share(800) == pytest.approx(1 / 9, rel=0.05)
+    assert downstream.fixed_share(900) == downstream.fixed_share(800)  # larger ones were not seen
 
 
 def test_flights_of_one_size_are_told_apart() -> None:

@@ -76,7 +76,8 @@ def test_known_coefficients_are_recovered_through_noise(rows: Rows, share: float
     for tokens in (sizes[0], sum(sizes) // 2, sizes[1]):
         expected = seconds(tokens, share * tokens)
         assert model.predict_s(tokens) == pytest.approx(expected, rel=0.25, abs=visible)
-    assert model.fixed_s + model.per_token_s * 64 == model.predict_s(64)
+    middle = sum(sizes) // 2
+    assert model.fixed_s + model.per_token_s * middle == model.predict_s(middle)
 
 
 def test_without_noise_it_is_exact() -> None:
@@ -98,7 +99,7 @@ def test_tokens_and_rows_that_go_together_leave_it_bounded(rows: Rows) -> None:
     model = LatencyModel(4096)
     for seed in range(20):
         learn(model, 200, rows=rows, seed=seed)
-        for tokens in (1, 100, 4096):
+        for tokens in (300, 1000, 3800):
             expected = seconds(tokens, rows(tokens, random.Random(0)))
             assert model.predict_s(tokens) == pytest.approx(expected, rel=0.1, abs=0.02 * seconds(4096, 4096))
         assert max(map(abs, model._theta)) < 10 * PER_ROW_S * 4096
@@ -107,7 +108,32 @@ def test_tokens_and_rows_that_go_together_leave_it_bounded(rows: Rows) -> None:
 def test_batches_of_one_size_leave_it_bounded() -> None:
     model = learn(LatencyModel(4096), 2000, sizes=(100, 100), rows=half_of_them)
     assert model.predict_s(100) == pytest.approx(seconds(100, 50), rel=0.1)
-    assert 0.0 < model.predict_s(4096) < 10 * seconds(4096, 2048)
+    assert model.predict_s(4096) == model.predict_s(1) == model.predict_s(100)
+    assert (model.least_s(99), model.least_s(4096)) == (0.0, model.least_s(100))
+
+
+def test_beyond_the_sizes_that_were_seen_it_knows_nothing() -> None:
+    model = learn(LatencyModel(4096), 40, sizes=(100, 200))
+    assert model.predict_s(1) == model.predict_s(model._smallest) > 0  # type: ignore[arg-type]
+    assert model.predict_s(4096) == model.predict_s(200)
+    assert 0 < model.least_s(4096) < model.predict_s(4096)
+    assert model.least_s(99) == 0.0
+
+
+def test_sizes_are_forgotten_a_window_after_they_were_seen_last() -> None:
+    model = learn(LatencyModel(4096), 64, sizes=(1, 4096), noise=0.0)
+    wide = model.predict_s(4096)
+    learn(model, 64, sizes=(1000, 1010), noise=0.0)
+    assert model.predict_s(4096) == pytest.approx(wide, rel=0.2)  # still known
+    learn(model, 64, sizes=(1000, 1010), noise=0.0)
+    assert model.predict_s(4096) == model.predict_s(1010) < wide / 2
+    assert model.predict_s(1) == model.predict_s(1000)
+
+
+def test_the_least_is_two_deviations_below_the_expectation() -> None:
+    model = learn(LatencyModel(4096), noise=0.2)
+    assert model.least_s(2000) == model.predict_s(2000) - 2 * model.deviation_s
+    assert model.least_s(10) == 0.0  # no time is negative
 
 
 def test_no_rows_at_all_divide_by_nothing() -> None:
@@ -177,7 +203,8 @@ def test_what_is_said_is_consistent(seed: int, noise: float, rows: Rows) -> None
         assert predicted >= previous
         previous = predicted
         if model.trusted and model.per_token_s > 0:
-            assert model.tokens_within(predicted) == pytest.approx(tokens, rel=1e-6, abs=1e-3)
+            within = min(max(tokens, model._smallest), model._sizes[1])
+            assert model.tokens_within(predicted) == pytest.approx(within, rel=1e-6, abs=1e-3)
     assert model.tokens_within(0.0) == (0.0 if model.trusted and model.per_token_s > 0 else math.inf)
 
 

@@ -54,10 +54,10 @@ class Bench:
         self.queue.push(item)
         return item
 
-    def compose(self, room: int, now: float = LATE, service_s: float = 0.0) -> str:
+    def compose(self, room: int, now: float = LATE, service_s: float = 0.0, backlog_s: float = math.inf) -> str:
         """What is served next, taken out, as names."""
-        batch, left = self.queue.peek_batch(room)
-        batch = self.control.compose(batch, left, room, now, service_s)
+        batch, left = self.queue.peek_batch(room, head=self.control.next_head(room, now))
+        batch = self.control.compose(batch, left, room, now, service_s, backlog_s)
         self.queue.take(batch, now)
         return "".join(item.value for item in batch)
 
@@ -177,6 +177,84 @@ def test_the_target_grows_with_the_time_that_a_service_takes() -> None:
         assert b.given_up == given_up
         b.queue.drain(OverloadedError("over"))
         b.given_up.clear()
+
+
+def test_what_cannot_be_given_up_for_a_short_backlog_is_not_passed_by_either() -> None:
+    for backlog_s, served, given_up in ((5.1, "h", ["a"]), (4.9, "a", [])):
+        b = bench(target_delay_s=5.0)
+        b.push("a", BATCH, key=LATE - 5.1)
+        b.push("h", INTERACTIVE, key=LATE - 3.0)
+        assert b.compose(1, backlog_s=backlog_s) == served
+        assert b.given_up == given_up
+
+
+def test_what_is_late_by_half_of_its_time_may_be_passed_by_and_kept() -> None:
+    b = bench(target_delay_s=5.0)
+    b.push("a", BATCH, key=LATE - 4.0).deadline = LATE  # it had four seconds
+    b.push("h", INTERACTIVE, key=LATE - 3.0)
+    assert [b.compose(1, backlog_s=1.9) for _ in range(2)] == ["h", "a"]
+    assert b.given_up == []
+
+
+def test_a_standing_queue_that_is_short_is_not_cut() -> None:
+    for backlog_s, cut in ((2.1, True), (1.9, False)):
+        b, _ = standing()
+        for now in (102.5, 103.0, 103.5):
+            b.compose(1, now, backlog_s=backlog_s)
+        assert bool(b.given_up) is cut
+
+
+# Several groups
+
+
+def test_the_group_of_the_most_important_late_item_goes_first() -> None:
+    b = bench(target_delay_s=50.0)
+    for n, (name, priority) in enumerate([("l", BATCH), ("m", DEFAULT), ("h", INTERACTIVE), ("m", DEFAULT)]):
+        for late_s in (20.0, 10.0):
+            b.push(name, priority, key=LATE - late_s + n, group=n)
+    assert [b.compose(2) for _ in range(4)] == ["hh", "mm", "mm", "ll"]
+
+
+def test_a_group_whose_important_items_are_in_time_waits_for_its_turn() -> None:
+    b = bench(target_delay_s=50.0)
+    b.push("l", BATCH, key=LATE - 1.0, group=1)
+    b.push("h", INTERACTIVE, key=LATE + 1.0, group=2)
+    assert [b.compose(2) for _ in range(2)] == ["l", "h"]
+
+
+def test_one_queue_in_order_of_arrival_takes_its_groups_in_order() -> None:
+    b = bench(order="fifo")
+    b.push("l", BATCH, key=LATE - 2.0, group=1)
+    b.push("h", INTERACTIVE, key=LATE - 1.0, group=2)
+    assert [b.compose(2) for _ in range(2)] == ["l", "h"]
+
+
+@pytest.mark.parametrize("share", [1 / 16, 1 / 5])
+def test_a_group_of_lower_class_keeps_its_share_of_batches(share: float) -> None:
+    b = bench(min_share=share, target_delay_s=1e9)
+    served: Counter[str] = Counter()
+    for turn in range(400):
+        for _ in range(4):
+            b.push("l", BATCH, key=float(turn), group=1)
+            b.push("h", INTERACTIVE, key=float(turn) + 0.5, group=2)
+        served[b.compose(4)] += 1
+    assert set(served) == {"llll", "hhhh"}
+    assert 0.9 * share * 400 <= served["llll"] <= 1.1 * share * 400
+    assert b.given_up == []
+
+
+@pytest.mark.parametrize(
+    "priorities", [(BATCH, DEFAULT, INTERACTIVE), (DEFAULT, DEFAULT, HIGH), (BATCH, BATCH, LOW)]
+)
+def test_no_group_starves(priorities: tuple[float, ...]) -> None:
+    b = bench(min_share=1 / 16, target_delay_s=1e9)
+    longest, since = 0, dict.fromkeys("abc", 0)
+    for turn in range(1000):
+        for name, priority in zip("abc", priorities, strict=True):
+            b.push(name, priority, key=float(turn), group=name)
+        since[b.compose(1)[0]] = turn
+        longest = max(longest, *(turn - last for last in since.values()))
+    assert longest <= 70
 
 
 # The least that each class keeps
@@ -299,14 +377,14 @@ def test_a_batcher_that_kept_up_meanwhile_starts_anew() -> None:
 
     for arrival in (100.0, 100.1, 100.2):
         push(arrival)
-    batcher.queue.take(batcher._compose(103.0)[0], 103.0)  # what is left is later than the target
+    batcher.queue.take(batcher.composer.compose(103.0)[0], 103.0)  # what is left is later than the target
     push(110.0)
     for _ in range(2):
         batcher.queue.pop(103.1)
-    assert batcher._compose(110.0)[1] is False  # it was never empty, and does not stand
+    assert batcher.composer.compose(110.0)[1] is False  # it was never empty, and does not stand
     push(110.0)
     push(110.0)
-    batcher.queue.take(batcher._compose(113.0)[0], 113.0)
+    batcher.queue.take(batcher.composer.compose(113.0)[0], 113.0)
     assert batcher.queue.statistics().shed == 0
 
 
@@ -404,8 +482,8 @@ class Overtaking:
     def take(self, batch: list[QueueItem[Any]], now: float | None = None) -> None:
         batcher = self.batcher
         latency = batcher.downstream.latency
-        service_s = latency.predict_s(batcher._max_tokens()) or latency.mean_s
-        target_s = batcher._overload.target_s(service_s)
+        service_s = latency.predict_s(batcher.composer.max_tokens()) or latency.mean_s
+        target_s = batcher.composer._overload.target_s(service_s)
         self._take(batch, now)
         self.dispatches += 1
         newest = max(item.arrival for item in batch)
@@ -468,12 +546,11 @@ def test_nothing_waits_on_while_what_came_much_later_is_dispatched(
             # Much of it patient, and every other one as it may be: backlogs of all classes.
             chosen = priority if n % 2 else BATCH
             key = sort_key(queue_limits, limits, now, deadline, chosen, downstream.latency.predict_s(tokens))
-            least_s = downstream.latency.least_s(tokens)
             with contextlib.suppress(OverloadedError):
-                queue.push(QueueItem(n, tokens, chosen, now, deadline, key, lambda error: None, service_s=least_s))
+                queue.push(QueueItem(n, tokens, chosen, now, deadline, key, lambda error: None))
         for _ in range(batches):
-            batcher._expire(now)
-            batch, _left = batcher._compose(now)
+            queue.expire(now)
+            batch, _left = batcher.composer.compose(now)
             if batch:
                 queue.take(batch, now)
                 flights.append(downstream.dispatched(sum(item.tokens for item in batch), timeout_s, now))
@@ -494,9 +571,40 @@ def test_the_bound_is_needed() -> None:
             priority = chance.choice([BATCH, DEFAULT, INTERACTIVE])
             key = sort_key(queue_limits, limits, now, math.inf, priority, 0.0)
             batcher.queue.push(QueueItem(0, 1, priority, now, math.inf, key, lambda error: None))
-        batcher.queue.take(batcher._compose(now)[0], now)
+        batch, _left = batcher.composer.compose(now)
+        batcher.queue.take(batch, now)
+        flight = batcher.downstream.dispatched(4, math.inf, now)
+        batcher.downstream.computed(flight, 4, 4, now + 0.1)
+        batcher.downstream.ended(flight, now + 0.1)
     assert watch.overtaken > 1000
     assert batcher.queue.statistics().shed > 100
+
+
+def test_what_may_not_be_passed_by_is_not_left_out_for_the_most_important_either() -> None:
+    now = 0.0
+    limits = BatchLimits(max_batch_tokens=4)
+    queue_limits = QueueLimits(class_shares=EVEN, target_delay_s=2.0, standing_s=1e9)
+    batcher: Batcher[int, int] = Batcher(never, limits, queue_limits, lambda: now)
+    Overtaking(batcher)
+    for n in range(24):
+        flight = batcher.downstream.dispatched(1 + n % 4, math.inf, now)
+        now += 0.1 * (1 + n % 4)
+        batcher.downstream.computed(flight, flight.tokens, flight.tokens, now)
+        batcher.downstream.ended(flight, now)
+
+    def push(priority: float, arrival: float, deadline: float) -> QueueItem[Any]:
+        key = sort_key(queue_limits, limits, arrival, deadline, priority, 0.2)
+        item: QueueItem[Any] = QueueItem(0, 2, priority, arrival, deadline, key, lambda error: None)
+        batcher.queue.push(item)
+        return item
+
+    first = push(BATCH, now, now + 600.0)
+    now += 10.0  # a standstill; what waits now is soon done
+    push(INTERACTIVE, now, now + 0.25)
+    push(BATCH, now - 1.0, now + 600.0)
+    batch, _left = batcher.composer.compose(now)
+    batcher.queue.take(batch, now)
+    assert first in batch
 
 
 class Running:

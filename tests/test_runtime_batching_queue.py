@@ -224,7 +224,7 @@ def test_what_left_does_not_pile_up() -> None:
         passing = item("passes", key=float(n), deadline=1e6 + n)
         queue.push(passing)
         queue.cancel(passing)
-    kept = [queue._by_start, queue._by_importance, *queue._groups.values()]
+    kept = [queue._by_deadline, queue._by_importance, *queue._by_class, *queue._groups.values()]
     assert all(len(entries) < 100 for entries in kept)
     assert popped(queue) == "stays"
     assert queue._groups == {}

@@ -119,12 +119,9 @@ class QueueMachine(RuleBasedStateMachine):
         priority=PRIORITIES,
         patience=st.integers(0, 6),
         timeout=st.sampled_from([1.0, 5.0, 50.0]),
-        service=st.sampled_from([0.0, 0.0, 2.0]),
         group=st.sampled_from("aab"),
     )
-    def push(
-        self, tokens: int, priority: float, patience: int, timeout: float, service: float, group: str
-    ) -> None:
+    def push(self, tokens: int, priority: float, patience: int, timeout: float, group: str) -> None:
         OPERATIONS["queue"] += 1
         errors: list[PimoeError] = []
         new = Item(
@@ -136,7 +133,6 @@ class QueueMachine(RuleBasedStateMachine):
             self.now + patience,
             errors.append,
             group,
-            service,
         )
         new.errors = errors
         self.pushed += 1
@@ -157,7 +153,7 @@ class QueueMachine(RuleBasedStateMachine):
     def push_many(self, priorities: list[float], late_s: float) -> None:
         """A backlog of all classes, which is late soon."""
         for place, priority in enumerate(priorities):
-            self.push(1 + place % 4, priority, place % 3, 50.0, 0.0, "a")
+            self.push(1 + place % 4, priority, place % 3, 50.0, "a")
         self.now += late_s
 
     @precondition(lambda self: self.waiting)
@@ -177,7 +173,14 @@ class QueueMachine(RuleBasedStateMachine):
         OPERATIONS["queue"] += 1
         self.now += seconds
         self.queue.expire(self.now)
-        late = [item for item in self.waiting if item.deadline - item.service_s <= self.now]
+        late = [item for item in self.waiting if item.deadline <= self.now]
+        self.left(late, "expired", DeadlineExceededError)
+
+    @rule(places=st.sets(st.integers(0, 30), max_size=4))
+    def drop_late(self, places: set[int]) -> None:
+        OPERATIONS["queue"] += 1
+        late = [item for place, item in enumerate(self.waiting) if place in places]
+        self.queue.drop_late([*late])
         self.left(late, "expired", DeadlineExceededError)
 
     @precondition(lambda self: self.waiting)
@@ -207,14 +210,17 @@ class QueueMachine(RuleBasedStateMachine):
             self.left(batch, "served", None)
             assert left is None or left.waiting
 
-    def peek(self, max_tokens: int, now: float) -> tuple[list[QueueItem[int]], QueueItem[int] | None]:
+    def peek(
+        self, max_tokens: int, now: float, head: QueueItem[int] | None = None
+    ) -> tuple[list[QueueItem[int]], QueueItem[int] | None]:
         """What goes together: all in order that fits, but nothing behind what is late and does not."""
-        batch, left = self.queue.peek_batch(max_tokens, now=now)
+        batch, left = self.queue.peek_batch(max_tokens, now=now, head=head)
         order = self.order()
+        group = head.group if head is not None else order[0].group if order else None
         expected: list[QueueItem[int]] = []
         passed: list[QueueItem[int]] = []
         for item in order:
-            if item.group != order[0].group:
+            if item.group != group:
                 continue
             if not expected or sum(each.tokens for each in expected) + item.tokens <= max_tokens:
                 expected.append(item)
@@ -230,8 +236,10 @@ class QueueMachine(RuleBasedStateMachine):
     def serve(self, room: int, service_s: float) -> None:
         """A batch under overload control, as the batcher takes it."""
         OPERATIONS["queue"] += 1
-        batch, left = self.peek(room, self.now)
-        chosen = self.control.compose(batch, left, room, self.now, service_s)
+        head = self.head(room)
+        batch, left = self.peek(room, self.now, head)
+        backlog_s = self.queue.tokens / room * service_s
+        chosen = self.control.compose(batch, left, room, self.now, service_s, backlog_s)
         assert bool(chosen) == bool(batch)
         assert all(item.waiting and item.group == batch[0].group for item in chosen)
         assert chosen == sorted(chosen, key=lambda item: (item.key, item.number))
@@ -240,12 +248,30 @@ class QueueMachine(RuleBasedStateMachine):
             assert chosen == batch
         shed = [item for item in self.waiting if not item.waiting]
         for item in shed:
-            half_s = (item.deadline - item.arrival) / 2
-            assert self.now - item.key > min(self.control.target_s(service_s), half_s)
+            limit_s = min(self.control.target_s(service_s), (item.deadline - item.arrival) / 2)
+            assert min(self.now - item.key, backlog_s) > limit_s
         assert self.queue.limits.prioritised or not shed
         self.left(shed, "shed", OverloadedError)
         self.queue.take(chosen, self.now)
         self.left(chosen, "served", None)
+
+    def head(self, room: int) -> QueueItem[int] | None:
+        """Whose group is next: the first by key, or, of another group, the first of the highest class that has
+        anything late."""
+        head, order = self.control.next_head(room, self.now), self.order()
+        if not order:
+            assert head is None
+            return None
+        late = [item for item in order if item.key < self.now and item.rank > order[0].rank]
+        if late and self.queue.limits.prioritised:
+            assert head in (order[0], min(late, key=lambda item: (-item.rank, item.key, item.number)))
+        else:
+            assert head is order[0]
+        firsts = [self.queue.first_of_class(rank) for rank in range(len(CLASS_NAMES))]
+        assert firsts == [
+            next((item for item in order if item.rank == rank), None) for rank in range(len(CLASS_NAMES))
+        ]
+        return head
 
     @rule(limits=QUEUE_LIMITS)
     def change_limits(self, limits: QueueLimits) -> None:
@@ -278,7 +304,7 @@ class QueueMachine(RuleBasedStateMachine):
     @invariant()
     def nothing_piles_up(self) -> None:
         queue = self.queue
-        assert max(len(queue._by_start), len(queue._by_importance)) <= 65 + 2 * len(queue)
+        assert max(map(len, (queue._by_deadline, queue._by_importance, *queue._by_class))) <= 65 + 2 * len(queue)
         assert all(queue._groups.values())
         assert sum(map(len, queue._groups.values())) == len(queue)
 
@@ -317,12 +343,19 @@ class BatcherMachine(RuleBasedStateMachine):
         self.calls: list[Call] = []
         self.running: list[tuple[list[int], asyncio.Future[Any]]] = []
         self.limits = BatchLimits(max_batch_tokens=12, max_wait_s=0.5, max_patience_s=2.0)
+        self.servers = 0  # not known
         self.begin()
 
     def begin(self) -> None:
         async def start() -> None:
             queue_limits = QueueLimits(max_tokens=60, max_items=20)
-            self.batcher: Batcher[int, int] = Batcher(self.execute, self.limits, queue_limits, self.loop.time)
+            self.batcher: Batcher[int, int] = Batcher(
+                self.execute,
+                self.limits,
+                queue_limits,
+                self.loop.time,
+                (lambda: self.servers) if self.servers else None,
+            )
             self.batcher.start()
 
         self.loop.run_until_complete(start())
@@ -393,7 +426,8 @@ class BatcherMachine(RuleBasedStateMachine):
             self.settle()
             for _, gate in list(self.running):
                 self.loop.now += 0.1 * (1 + n % 4)
-                gate.set_result(0)
+                if not gate.done():  # its callers may have run out of time meanwhile
+                    gate.set_result(0)
                 self.settle()
 
     @precondition(lambda self: len(self.calls) < 400)
@@ -480,8 +514,8 @@ class BatcherMachine(RuleBasedStateMachine):
         self.count()
         self.batcher.queue.limits = limits
 
-    @rule(how=st.integers(0, 9))
-    def stop(self, how: int) -> None:
+    @rule(how=st.integers(0, 9), servers=st.integers(0, 2))
+    def stop(self, how: int, servers: int) -> None:
         """Drains, or closes and begins anew; mostly nothing."""
         if how > 1:
             return
@@ -498,6 +532,7 @@ class BatcherMachine(RuleBasedStateMachine):
         assert late.task is not None
         assert isinstance(late.task.exception(), RequestCancelledError)
         assert (len(self.batcher.queue), self.batcher.statistics().in_flight) == (0, 0)
+        self.servers = servers
         self.begin()
 
     @invariant()

@@ -56,7 +56,10 @@ class Landing:
 
     def __init__(self) -> None:
         self.whole: list[list[int]] = []
-        self.ended = 0
+        self.begun = self.ended = 0
+
+    def begin(self) -> None:
+        self.begun += 1
 
     def finished(self, items: list[int]) -> None:
         self.whole.append(list(items))
@@ -67,7 +70,7 @@ class Landing:
 
 def fly(source: Source, count: int = 5) -> tuple[Flight[int], Landing]:
     landing = Landing()
-    return Flight(source.items(count), landing.finished, landing.end), landing
+    return Flight(source.items(count), landing.begin, landing.finished, landing.end), landing
 
 
 async def read(flight: Flight[int], deadline: float | None = None, position: int = 0) -> list[int]:
@@ -84,7 +87,7 @@ async def test_readers_get_everything_whenever_they_join() -> None:
         await eventually(lambda upto=upto: source.given == upto)
         readers.append(asyncio.create_task(read(flight)))
     assert await asyncio.gather(*readers) == [list(range(5))] * 6
-    assert (landing.whole, landing.ended) == ([list(range(5))], 1)
+    assert (landing.begun, landing.whole, landing.ended) == (1, [list(range(5))], 1)
     assert await read(flight) == list(range(5))  # after the end too
     assert await read(flight, position=3) == [3, 4]
 
@@ -190,8 +193,60 @@ async def test_a_computation_that_fails_at_once(error: BaseException) -> None:
         yield 0
 
     landing = Landing()
-    flight = Flight(fail(), landing.finished, landing.end)
+    flight = Flight(fail(), landing.begin, landing.finished, landing.end)
     await eventually(lambda: landing.ended)
     with pytest.raises((InvalidRequestError, RequestCancelledError)):
         await read(flight)
     assert landing.ended == 1
+
+
+# Successors
+
+
+async def test_an_answer_without_items_begins_all_the_same() -> None:
+    flight, landing = fly(Source(), 0)
+    assert await read(flight) == []
+    assert (landing.begun, landing.whole, landing.ended) == (1, [[]], 1)
+
+
+async def test_readers_of_a_superseded_flight_read_its_successor() -> None:
+    slow, quick = Source(), Source()
+    (before, gone), (after, landing) = fly(slow), fly(quick)
+    hasty = asyncio.create_task(read(before, time.monotonic() + TINY_S))
+    patient = asyncio.create_task(read(before))
+    leading = asyncio.create_task(read(after))
+    quick.allow(1)
+    await eventually(lambda: landing.begun)
+    before.supersede(after)
+    assert (before.is_done, before.is_empty, before.is_abandoned) == (True, False, False)
+    with pytest.raises(DeadlineExceededError):
+        await hasty  # its own deadline still
+    await eventually(lambda: slow.closed)
+    quick.allow(5)
+    assert await patient == await leading == await read(before) == list(range(5))
+    assert (gone.begun, gone.whole, gone.ended) == (0, [], 1)
+
+
+async def test_readers_that_were_moved_keep_the_successor_going_and_end_it() -> None:
+    (before, _), (after, landing) = fly(Source()), fly(source := Source())
+    source.allow(1)
+    await eventually(lambda: landing.begun)
+    moved = before.joined()
+    moved.__enter__()
+    with after.joined():
+        before.supersede(after)
+    assert not after.is_done
+    moved.__exit__(None, None, None)
+    assert after.is_abandoned
+    await eventually(lambda: source.closed)
+
+
+async def test_an_error_of_the_successor_is_that_of_readers_that_were_moved() -> None:
+    (before, _), (after, landing) = fly(Source()), fly(source := Source(InvalidRequestError("no")), 1)
+    reader = asyncio.create_task(read(before))
+    await asyncio.sleep(0)
+    source.allow(1)
+    await eventually(lambda: landing.begun)
+    before.supersede(after)
+    with pytest.raises(InvalidRequestError):
+        await reader

@@ -255,26 +255,7 @@ async def test_with_a_real_server_in_between(redis_server: RedisServer) -> None:
         await level.close()
 
 
-# Urgent followers
-
-
-async def test_a_more_urgent_follower_takes_over_before_the_first_item() -> None:
-    gateways = Gateways()
-    cached, backend = gateways.open(), gateways.backend
-    slow = [await cached.generate(generation(f"slow-{n}", priority=0.1)) for n in range(3)]
-    reading = [asyncio.create_task(read(answer)) for answer in slow]
-    await settle()
-    urgent = await cached.generate(generation("urgent", priority=0.9))
-    assert (urgent.outcome, urgent.response_id) == ("miss", "slow-0")  # as the others were told
-    reading.append(asyncio.create_task(read(urgent)))
-    await eventually(lambda: backend.closed == 1)  # the slow one is cancelled
-    backend.allow()
-    assert [tokens(chunks) for chunks in await asyncio.gather(*reading)] == [[0, 1, 2, 3]] * 4
-    assert [request.priority for request in backend.generations] == [0.1, 0.9]
-    assert cached.statistics().superseded == 1
-    hit = await cached.generate(generation("later", priority=1.0))
-    assert (hit.outcome, hit.response_id) == ("hit", "slow-0")
-    await hit.chunks.aclose()
+# Urgent followers; `test_runtime_caching_sharing` has what they do beside a computation
 
 
 @pytest.mark.parametrize("priority", [0.1, 0.5])
@@ -330,35 +311,7 @@ async def test_each_keeps_its_own_deadline_when_it_moves() -> None:
     assert tokens(await read(urgent)) == tokens(await read(patient)) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("before", [0, 2])
-async def test_an_urgent_one_that_leaves_or_fails_hands_over(before: int) -> None:
-    gateways = Gateways()
-    cached, backend = gateways.open(), gateways.backend
-    slow = await cached.generate(generation("slow", priority=0.1))
-    urgent = await cached.generate(generation("urgent", priority=0.9))
-    reading = asyncio.create_task(read(slow))
-    await settle()
-    backend.allow(before)
-    await settle()
-    backend.failures = [OverloadedError("full")]
-    backend.allow()
-    with pytest.raises(OverloadedError):
-        await read(urgent)
-    assert tokens(await reading) == [0, 1, 2, 3]  # begun once more, at its own priority
-    assert [request.priority for request in backend.generations[-2:]] == [0.9, 0.1]
-
-
-async def test_an_urgent_one_that_leaves_at_once_leaves_the_others_served() -> None:
-    gateways = Gateways()
-    cached = gateways.open()
-    slow = await cached.generate(generation("slow", priority=0.1))
-    urgent = await cached.generate(generation("urgent", priority=0.9))
-    await urgent.chunks.aclose()  # before those whom it took over have moved
-    gateways.backend.allow()
-    assert tokens(await within_patience(read(slow))) == [0, 1, 2, 3]
-
-
-async def test_an_urgent_tensor_request_takes_over_once_for_each_class() -> None:
+async def test_urgent_tensor_requests_are_computed_once_for_each_class() -> None:
     gateways = Gateways()
     cached = gateways.open()
     requests = [replace(inference(str(n)), priority=n / 10) for n in (0, 1, 2, 3, 9)]

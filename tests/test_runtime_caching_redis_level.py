@@ -13,6 +13,7 @@ import pytest
 from pimoe.runtime.caching.entry import SCHEMA, CachedAnswer
 from pimoe.runtime.caching.redis_level import RedisLevel
 from pimoe.runtime.caching.redis_limits import RedisLimits
+from pimoe.runtime.caching.redis_names import RedisNames
 from pimoe.runtime.caching.result_cache import EntryTags
 from pimoe.runtime.caching.second_level import Found
 from pimoe.runtime.errors import ConfigurationError, UnavailableError
@@ -197,11 +198,54 @@ async def test_things_of_other_types_are_misses(open_level: Open, redis_server: 
         client.delete(name)
         client.lpush(name, b"x")
         assert (await get(level)).answer is None
-        assert misses(level) == {"absent": 1, "corrupt": 2}
-        client.delete("pimoe:g:a")
-        client.lpush("pimoe:g:a", b"x")
+    assert misses(level) == {"absent": 1, "corrupt": 1, "refused": 1}
+    await replaced(level, await get(level))
+    assert misses(level)["refused"] == 2
+
+
+async def replaced(level: RedisLevel, found: Found) -> None:
+    """What is computed instead is stored and found."""
+    assert found.ticket is not None
+    level.put(KEY, TAGS, ANSWER, 100, found.ticket)
+    await eventually(lambda: not level._pending and not level._running)
+    assert (await get(level)).answer == ANSWER
+
+
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("kind", ["list", "short string"])
+async def test_a_generation_of_a_foreign_type_is_overwritten(
+    open_level: Open, redis_server: RedisServer, which: int, kind: str
+) -> None:
+    level = open_level()
+    await store(level)
+    name = RedisNames("pimoe").generations(TAGS)[which]
+    with redis_server.raw() as client:
+        client.delete(name)
+        client.lpush(name, b"x") if kind == "list" else client.set(name, b"x")
     found = await get(level)
-    assert (found.answer, found.ticket) == (None, None)
+    assert found.answer is None
+    assert misses(level) == {"absent": 1, "refused": 1}
+    await replaced(level, found)
+    assert misses(level) == {"absent": 1, "refused": 1}
+    assert dropped(level) == {}
+    with redis_server.raw() as client:
+        assert client.pttl(name) > 0  # type: ignore[operator]
+
+
+async def test_a_generation_that_cannot_be_overwritten_is_counted(
+    open_level: Open, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    level = open_level()
+    with redis_server.raw() as client:
+        client.lpush("pimoe:g:a", b"x")
+
+    async def begin(client: Any, generations: Any, only_missing: bool = False) -> list[Any]:
+        return [None] * len(generations)  # as where somebody else keeps writing there
+
+    monkeypatch.setattr(level, "_begin", begin)
+    for count in (1, 2):
+        assert await get(level) == Found()
+        assert (misses(level), dropped(level)) == ({"refused": count}, {"refused": count})
 
 
 async def test_gateways_with_different_keys_share_nothing(open_level: Open) -> None:

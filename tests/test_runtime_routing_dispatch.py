@@ -28,6 +28,10 @@ class ScriptedGroup:
         self.asked: list[tuple[int, ExpertRows, float]] = []
         self.cancelled = self.ended = False
 
+    @property
+    def replicas(self) -> int:
+        return 1
+
     async def run(self, layer: int, rows: ExpertRows, deadline: float) -> Tensor:
         """See `GroupBackend`."""
         self.asked.append((layer, rows, deadline))

@@ -18,7 +18,7 @@ from .context import ApiSettings, GatewayContext
 from .errors import Headers, MethodNotAllowedError
 from .fields import shown
 from .lifetime import Lifetime, cancelled_from_behind
-from .options import CallOptions, from_headers
+from .options import CallOptions, check_one_tenant, from_headers
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,12 @@ class Call:
         return f"{self.request_id[:64]}-{secrets.token_hex(6)}"
 
     def header_options(self) -> CallOptions:
-        """The options that the headers give."""
+        """The options that the headers give.
+
+        Raises:
+            InvalidRequestError.
+        """
+        check_one_tenant(self.scope["headers"])
         return from_headers(self.headers, self.settings)
 
     async def body(self) -> bytes:

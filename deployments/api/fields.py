@@ -12,6 +12,7 @@ from ...runtime.errors import InvalidRequestError
 
 _SHOWN_CHARS = 40
 _NAME_CHARS = 100
+_EXACT_BELOW = 2.0**53  # from there on, floats stand for several integers each
 
 
 def shown(value: object) -> str:
@@ -60,10 +61,12 @@ class Fields:
                 raise InvalidRequestError(f"unknown field {param!r}", param)
 
     def integer(self, name: str, low: int, high: int) -> int | None:
-        """An integer in [low, high], or None where absent."""
+        """An integer in [low, high], or None where absent. 1.0 is 1, which some clients cannot write otherwise."""
         value = self.values.get(name)
         if value is None:
             return None
+        if type(value) is float and value.is_integer() and abs(value) < _EXACT_BELOW:
+            value = int(value)
         if type(value) is not int or not low <= value <= high:
             raise self.wrong(name, f"an integer from {low} to {high}")
         return value

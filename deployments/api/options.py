@@ -17,6 +17,7 @@ value that is not above 0 bounds nothing, as with Serve.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +113,20 @@ def read_options(
 def is_tenant(text: str) -> bool:
     """Whether a tenant may be called so: `TENANT_RULE`."""
     return len(text) <= MAX_TENANT_CHARS and all("!" <= char <= "~" for char in text)
+
+
+def check_one_tenant(headers: Iterable[tuple[bytes, bytes]]) -> None:
+    """Refuses a request with two tenants: whose it is must not depend on which of them is read.
+
+    Args:
+        headers: as they came, in a list.
+
+    Raises:
+        InvalidRequestError.
+    """
+    if sum(header.lower() == TENANT_HEADER for header, _ in headers) > 1:
+        name = TENANT_HEADER.decode()
+        raise InvalidRequestError(f"{name} is there more than once; it must be there once at most", name)
 
 
 def read_tenant(value: bytes) -> str:

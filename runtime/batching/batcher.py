@@ -15,10 +15,10 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from ..errors import DeadlineExceededError, InvalidRequestError, PimoeError, RequestCancelledError
 from ..histogram import TOKENS, Histogram
 from .books import QueueStatistics
+from .composer import Composer
 from .downstream import Downstream, Flight
 from .limits import QueueLimits
-from .overload import OverloadControl
-from .policy import BatchLimits, CloseReason, Load, QueueView, decide, sort_key
+from .policy import BatchLimits, CloseReason, Load, decide, sort_key
 from .queue import PriorityQueue, QueueItem
 from .rates import DecayingRate
 
@@ -97,6 +97,7 @@ class Batcher(Generic[T, R]):
     Args:
         execute: computes a batch. What it raises fails that batch's items, never the batcher.
         clock: monotonic seconds (asyncio's loops use the same one). Tests inject theirs.
+        servers: see `Downstream`.
     """
 
     def __init__(
@@ -105,11 +106,12 @@ class Batcher(Generic[T, R]):
         limits: BatchLimits,
         queue_limits: QueueLimits,
         clock: Callable[[], float] | None = None,
+        servers: Callable[[], int] | None = None,
     ) -> None:
         self._limits = limits
         self.queue: PriorityQueue[_Entry[T, R]] = PriorityQueue(queue_limits)
-        self.downstream = Downstream(limits.max_batch_tokens)
-        self._overload = OverloadControl(self.queue, lambda item: item.tokens)
+        self.downstream = Downstream(limits.max_batch_tokens, servers)
+        self.composer = Composer(self.queue, self.downstream, limits)
         self._execute = execute
         self._clock = clock or time.monotonic
         self._wake = asyncio.Event()
@@ -128,7 +130,7 @@ class Batcher(Generic[T, R]):
 
     @limits.setter
     def limits(self, limits: BatchLimits) -> None:
-        self._limits = limits
+        self._limits = self.composer.limits = limits
         self._wake.set()
 
     def start(self) -> None:
@@ -164,7 +166,7 @@ class Batcher(Generic[T, R]):
             closed=dict(self._closed),
             sizes=self._sizes.snapshot(),
             latency=self.downstream.latency.snapshot(),
-            max_batch_tokens=self._max_tokens(),
+            max_batch_tokens=self.composer.max_tokens(),
             utilisation=self.downstream.utilisation(self._clock()),
         )
 
@@ -185,7 +187,7 @@ class Batcher(Generic[T, R]):
         if tokens < 1:
             raise InvalidRequestError(f"{tokens} tokens; there must be at least one")
         entry, item = self._new_item(value, tokens, priority, timeout_s, group)
-        if self._is_hopeless(item):
+        if self.composer.is_hopeless(item):
             raise self.queue.refusal(item, "more waits before this request than can be done in its time")
         self.queue.push(item)
         self._arrivals.add(1, item.arrival)
@@ -219,18 +221,8 @@ class Batcher(Generic[T, R]):
             key=sort_key(self.queue.limits, self._limits, now, deadline, priority, latency.predict_s(tokens)),
             fail=entry.fail,
             group=group,
-            service_s=latency.least_s(tokens) if self.queue.limits.prioritised else 0.0,
         )
         return entry, item
-
-    def _is_hopeless(self, item: _Item[T, R]) -> bool:
-        """Whether what is served before an item surely takes longer than it has: better told at once than after
-        all its time. By what full batches take, since a rate measured during a standstill would turn all away."""
-        if not self._is_backlogged():
-            return False
-        full_s = self.downstream.latency.predict_s(self._max_tokens())
-        batches_ahead = self.queue.tokens_ahead(item.rank) // self._max_tokens()
-        return self.downstream.free_at(item.arrival) + batches_ahead * full_s + item.service_s > item.deadline
 
     async def _run(self) -> None:
         while True:
@@ -245,15 +237,15 @@ class Batcher(Generic[T, R]):
         """Dispatch every batch that closes now; when to look again."""
         while True:
             now = self._clock()
-            self._expire(now)
+            self.queue.expire(now)
             if len(self._running) >= self._limits.max_in_flight:
                 return math.inf  # a completion wakes us; until then it would be formed in vain
             if (hold_until := self._hold_until(now)) > now:
                 return hold_until
-            batch, left_behind = self._compose(now)
+            batch, left_behind = self.composer.compose(now)
             if not batch:
                 return math.inf
-            view = self._view(batch, left_behind, now)
+            view = self.composer.view(batch, left_behind, now)
             in_flight = len(self._running)
             load = self._load(view.tokens, now) if in_flight else None
             decision = decide(view, now, in_flight, self._limits, self._draining, load)
@@ -261,61 +253,11 @@ class Batcher(Generic[T, R]):
                 return decision.wake_at
             self._dispatch(batch, view.tokens, decision.reason, now)
 
-    def _expire(self, now: float) -> None:
-        """Fail what cannot make its deadline. While more waits than a batch holds, that is also what could make it
-        only in a smaller batch: to shrink batches for the latest is to lose the throughput that all others need
-        (early drop: Shen et al., Nexus, SOSP 19)."""
-        start = now
-        if self._is_backlogged():
-            latency, max_tokens = self.downstream.latency, self._max_tokens()
-            start = self.downstream.free_at(now) + latency.predict_s(max_tokens) - latency.predict_s(1)
-        self.queue.expire(start)
-
     def _hold_until(self, now: float) -> float:
         """Batches are bound as late as downstream does not notice."""
         if self._draining or not self.queue.limits.prioritised:
             return now
         return self.downstream.hold_until(now)
-
-    def _is_backlogged(self) -> bool:
-        return self.queue.limits.prioritised and self.queue.head_group_tokens() > self._max_tokens()
-
-    def _compose(self, now: float) -> tuple[list[_Item[T, R]], bool]:
-        """The batch that would be taken now, and whether something stayed behind for lack of room."""
-        max_tokens = self._max_tokens()
-        if not self._is_backlogged():
-            batch, left = self.queue.peek_batch(max_tokens, partial(self._in_time, now), now)
-            self._overload.calm()
-            return batch, left is not None
-        batch, left = self.queue.peek_batch(max_tokens, now=now)
-        latency = self.downstream.latency
-        service_s = latency.predict_s(max_tokens) or latency.mean_s
-        return self._overload.compose(batch, left, max_tokens, now, service_s), left is not None
-
-    def _in_time(self, now: float, tokens: int, deadline: float) -> bool:
-        """Whether a batch of `tokens`, dispatched now, would be done by its earliest `deadline`."""
-        if tokens <= self._limits.min_batch_tokens or not self.queue.limits.prioritised:
-            return True
-        return self._needed_s(now, tokens) <= deadline - now
-
-    def _needed_s(self, now: float, tokens: int) -> float:
-        """How long before its deadline a batch must be dispatched."""
-        waits_s = self.downstream.free_at(now) - now
-        return waits_s + self.downstream.latency.predict_s(tokens) + self._limits.service_margin_s
-
-    def _max_tokens(self) -> int:
-        if not self.queue.limits.prioritised:
-            return self._limits.max_batch_tokens
-        return self.downstream.max_tokens(self._limits)
-
-    def _view(self, batch: list[_Item[T, R]], left_behind: bool, now: float) -> QueueView:
-        tokens = sum(item.tokens for item in batch)
-        return QueueView(
-            tokens=tokens,
-            next_does_not_fit=left_behind or tokens >= self._max_tokens(),
-            oldest_arrival=min(item.arrival for item in batch),
-            latest_start=min(item.deadline for item in batch) - self._needed_s(now, tokens),
-        )
 
     def _load(self, tokens: int, now: float) -> Load | None:
         if self._arrivals.age_s(now) < self._limits.max_wait_s:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from .latency import AimdLimit, LatencyModel
@@ -27,24 +28,28 @@ class Flight:
 
 
 class Downstream:
-    """Batches in flight are taken to be worked off one after the other, as experts do. What pipelining there is
-    makes the measured time of each shorter, so that rates come out right either way."""
+    """Batches in flight are taken to be worked off in turn, as many at once as there are servers. The time of a
+    batch is measured from when the one before it ended, so that what runs side by side makes it shorter.
 
-    def __init__(self, scale_tokens: int) -> None:
+    Args:
+        servers: how many batches downstream computes at once, as of now: replicas of the group that has fewest.
+            None: not known; then nothing is held back for being bound too early.
+    """
+
+    def __init__(self, scale_tokens: int, servers: Callable[[], int] | None = None) -> None:
         self.latency = LatencyModel(scale_tokens)
+        self._servers = servers
         self._aimd = AimdLimit()
         self._flights: list[Flight] = []
         self._busy_s = DecayingRate()
         self._busy_since = math.inf
         self._completed_at = -math.inf
-        self._free_at = -math.inf
 
     def dispatched(self, tokens: int, spare_s: float, now: float) -> Flight:
         """A batch is sent."""
         flight = Flight(tokens, now, spare_s)
         self._flights.append(flight)
         self._busy_since = min(self._busy_since, now)
-        self._free_at = self.free_at(now) + self.latency.predict_s(tokens)
         return flight
 
     def computed(self, flight: Flight, tokens: int, largest_expert_tokens: int, now: float) -> None:
@@ -71,19 +76,37 @@ class Downstream:
         self._flights.remove(flight)
         self._count_busy(now)
         self._completed_at = now
-        self._free_at = now + sum(self.latency.predict_s(each.tokens) for each in self._flights)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is in flight."""
+        return not self._flights
+
+    def batch_s(self, tokens: int) -> float:
+        """How long a batch takes: as predicted, or, while that is not to be trusted, as lately."""
+        return self.latency.predict_s(tokens) or self.latency.mean_s
 
     def free_at(self, now: float) -> float:
         """When a batch that is dispatched now would begin."""
-        return max(now, self._free_at)
+        servers = 1 if self._servers is None else max(1, self._servers())
+        before = self._flights[: len(self._flights) - servers + 1] if len(self._flights) >= servers else []
+        if not before:
+            return now
+        began = max(self._completed_at, before[0].dispatched)
+        return max(now, began + sum(self.latency.predict_s(flight.tokens) for flight in before))
 
     def hold_until(self, now: float) -> float:
         """Before this, a batch sent would only wait behind those in flight, bound already when something more
         urgent comes. What is left of their time covers the way there and the error of the estimate. A batch that
         ends early wakes the batcher anyway."""
-        if not self._flights or not self.latency.trusted:
+        if self._servers is None or not self.latency.trusted:
             return now
-        return self.free_at(now) - max(_WAY_S, 2.0 * self.latency.deviation_s)
+        return self.free_at(now) - self.spare_s
+
+    @property
+    def spare_s(self) -> float:
+        """What a batch must be sent earlier than the estimate says, so as not to be late."""
+        return max(_WAY_S, 2.0 * self.latency.deviation_s)
 
     def utilisation(self, now: float) -> float:
         """Share of the time, lately, in which something was in flight."""

@@ -19,6 +19,7 @@ _GOOD_ERROR = 0.25
 _RIDGE = 1e-6
 _TINY = 1e-18
 _MIN_SAMPLES = 8
+_WINDOW = 64  # batches after which what sizes were seen begins to be forgotten
 _TRUSTED_ERROR = 0.5
 _SMOOTHING = 0.1
 
@@ -49,6 +50,10 @@ class LatencyModel:
         self._sums = (0.0,) * 6
         self._moments = (0.0,) * 3
         self._largest_share = 1.0  # rows of the most loaded expert, per token of the batch
+        self._sizes = self._sizes_before = (
+            math.inf,
+            0,
+        )  # the smallest and largest batch of this window and the last
         self._variance = 0.0
 
     def observe(self, tokens: int, largest_rows: int | None, seconds: float) -> None:
@@ -63,12 +68,16 @@ class LatencyModel:
         if self.samples:
             relative = min(1.0, abs(residual) / max(seconds, expected, 1e-9))
             self.error += (relative - self.error) * _SMOOTHING
-        if self._is_trusted():  # one batch that waited for a replica to come back says little about the next
-            most = max(3.0 * self.deviation_s, 0.5 * expected)
-            residual = max(-most, min(most, residual))
+        # One batch that waited for a replica to come back says little about the next. Of a size that was not seen
+        # yet, though, the batch knows more than the model.
+        if self._is_trusted() and self._smallest <= tokens <= self._largest:
+            residual = min(residual, max(3.0 * self.deviation_s, 0.5 * expected))
         if self.samples:
             self._variance += (residual * residual - self._variance) * _SMOOTHING
         self._update(size, rows, expected + residual)
+        if self.samples % _WINDOW == 0:
+            self._sizes_before, self._sizes = self._sizes, (tokens, tokens)
+        self._sizes = (min(self._sizes[0], tokens), max(self._sizes[1], tokens))
         self.samples += 1
         self.trusted = self._is_trusted()
         self.fixed_s = max(0.0, self._theta[0])
@@ -99,8 +108,20 @@ class LatencyModel:
         self._theta = ((y - t * per_size - r * per_row) / n, per_size, per_row)
 
     def predict_s(self, tokens: int) -> float:
-        """Expected seconds of a batch; 0 while the model is not to be trusted."""
-        return self.fixed_s + self.per_token_s * tokens if self.trusted else 0.0
+        """Expected seconds of a batch; 0 while the model is not to be trusted. Of one that is smaller or larger
+        than any seen lately, those of the smallest or the largest: beyond what was seen it knows nothing."""
+        if not self.trusted:
+            return 0.0
+        within = min(max(tokens, self._smallest), self._largest)
+        return self.fixed_s + self.per_token_s * within
+
+    @property
+    def _smallest(self) -> float:
+        return min(self._sizes[0], self._sizes_before[0])
+
+    @property
+    def _largest(self) -> int:
+        return max(self._sizes[1], self._sizes_before[1])
 
     @property
     def deviation_s(self) -> float:
@@ -108,9 +129,11 @@ class LatencyModel:
         return math.sqrt(self._variance)
 
     def least_s(self, tokens: int) -> float:
-        """What a batch takes at the very least: two standard deviations below the expectation. What cannot make
-        its deadline even so is not worth beginning."""
-        return max(0.0, self.predict_s(tokens) - 2.0 * self.deviation_s) if self.trusted else 0.0
+        """What a batch takes at the least, to turn work away by: two standard deviations below the expectation,
+        and nothing where no batch was so small."""
+        if not self.trusted or tokens < self._smallest:
+            return 0.0
+        return max(0.0, self.predict_s(tokens) - 2.0 * self.deviation_s)
 
     def tokens_within(self, seconds: float) -> float:
         """The largest batch that is expected to take no longer; infinite while there is no telling."""

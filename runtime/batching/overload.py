@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from .classes import CLASSES
 from .queue import PriorityQueue, QueueItem
@@ -27,6 +28,26 @@ _TARGET_SERVICES = 8
 
 # Looks for a standing queue in the time after which it counts as one. Each goes over all that is late.
 _LOOKS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Lateness:
+    """When an item is too late."""
+
+    now: float
+    target_s: float
+    backlog_s: float
+
+    def is_beyond_the_bound(self, item: QueueItem[Any]) -> bool:
+        """Whether nothing may pass an item by any more."""
+        return self.now - item.key > self.target_s
+
+    def gives_up(self, item: QueueItem[Any]) -> bool:
+        """Whether an item is too late to be kept for its own sake: by the target, or by half of all the time it
+        had, since what waits until it is nearly out of time is of little use to anybody. But not where all that
+        waits is done sooner: then it is late for a standstill that is over."""
+        limit_s = min(self.target_s, (item.deadline - item.arrival) / 2)
+        return self.now - item.key > limit_s and self.backlog_s > limit_s
 
 
 class OverloadControl(Generic[T]):
@@ -53,7 +74,13 @@ class OverloadControl(Generic[T]):
         self._standing_since = math.inf
 
     def compose(
-        self, batch: list[QueueItem[T]], left: QueueItem[T] | None, room: int, now: float, service_s: float
+        self,
+        batch: list[QueueItem[T]],
+        left: QueueItem[T] | None,
+        room: int,
+        now: float,
+        service_s: float,
+        backlog_s: float = math.inf,
     ) -> list[QueueItem[T]]:
         """What is served next instead of `batch`, which is what comes first by keys; sheds what has to go.
 
@@ -61,14 +88,38 @@ class OverloadControl(Generic[T]):
             left: the first item of the batch's group that did not fit.
             room: of a batch, in the unit of `size`.
             service_s: how long serving a full batch takes.
+            backlog_s: how long serving all that waits takes. When that is soon, nobody is shed: after a standstill
+                everything is late and nothing is wrong.
         """
         if not self._queue.limits.prioritised:
             return batch
-        target_s = self.target_s(service_s)
+        lateness = _Lateness(now, self.target_s(service_s), backlog_s)
         if left is not None and left.key < now and self._is_contested(batch):
-            batch = self._make_way(batch, list(self._queue.overdue(now, left.group)), room, now, target_s)
-        self._cut_standing(batch, now, target_s)
+            batch = self._make_way(batch, list(self._queue.overdue(now, left.group)), room, lateness)
+        self._cut_standing(batch, lateness)
         return batch
+
+    def next_head(self, room: int, now: float) -> QueueItem[T] | None:
+        """An item of the group that is served next: by key, or, of several groups, the one with the most important
+        item that is late. Lower classes keep their share there, too, in whole batches."""
+        head = self._queue.head()
+        if head is None or not self._queue.limits.prioritised or len(self._queue.groups()) == 1:
+            return head
+        urgent = next(
+            (
+                first
+                for rank in reversed(range(head.rank + 1, len(CLASSES)))
+                if (first := self._queue.first_of_class(rank)) is not None and first.key < now
+            ),
+            head,
+        )
+        if urgent.group == head.group:
+            return head
+        self._credits[head.rank] += self._queue.limits.min_share * room
+        if self._credits[head.rank] < room:
+            return urgent
+        self._credits[head.rank] -= room
+        return head
 
     def _is_contested(self, batch: list[QueueItem[T]]) -> bool:
         """Whether something more important than the least in `batch` waits outside it: looked up in the books, so
@@ -77,16 +128,19 @@ class OverloadControl(Generic[T]):
         return self._queue.items_above(least) > sum(item.rank > least for item in batch)
 
     def _make_way(
-        self, batch: list[QueueItem[T]], late: list[QueueItem[T]], room: int, now: float, target_s: float
+        self, batch: list[QueueItem[T]], late: list[QueueItem[T]], room: int, lateness: _Lateness
     ) -> list[QueueItem[T]]:
         chosen = self._by_importance(late, room)
-        if not {item.number for item in chosen} - {item.number for item in batch}:
-            return batch  # what waits outside is of another group, or not late
         taken = {item.number for item in chosen}
+        if not taken - {item.number for item in batch}:
+            return batch  # what waits outside is of another group, or not late
         last_key = max(item.key for item in chosen)
-        for item in late:
-            if item.key < last_key and item.number not in taken and _is_given_up(item, now, target_s):
-                self._queue.shed(item)
+        passed = [item for item in late if item.key < last_key and item.number not in taken]
+        given_up = [item for item in passed if lateness.gives_up(item)]
+        if sum(map(lateness.is_beyond_the_bound, passed)) > sum(map(lateness.is_beyond_the_bound, given_up)):
+            return batch  # who may not be passed by, and need not go, goes first
+        for item in given_up:
+            self._queue.shed(item)
         return sorted(chosen, key=lambda item: (item.key, item.number))
 
     def _by_importance(self, late: list[QueueItem[T]], room: int) -> list[QueueItem[T]]:
@@ -125,8 +179,8 @@ class OverloadControl(Generic[T]):
             self._credits[rank] = credit
         return chosen
 
-    def _cut_standing(self, batch: list[QueueItem[T]], now: float, target_s: float) -> None:
-        queue = self._queue
+    def _cut_standing(self, batch: list[QueueItem[T]], lateness: _Lateness) -> None:
+        queue, now = self._queue, lateness.now
         if now - self._looked_at < queue.limits.standing_s / _LOOKS:
             return
         self._looked_at = now
@@ -135,7 +189,7 @@ class OverloadControl(Generic[T]):
             item
             for group in queue.groups()
             for item in queue.overdue(now, group)
-            if item.number not in taken and _is_given_up(item, now, target_s)
+            if item.number not in taken and lateness.gives_up(item)
         ]
         if not behind or self._times_emptied != queue.times_emptied:
             self._standing_since = math.inf  # what stood when it was last looked at is gone
@@ -147,9 +201,3 @@ class OverloadControl(Generic[T]):
             return
         for item in sorted(behind, key=lambda item: (item.rank, -item.number)):
             queue.shed(item)
-
-
-def _is_given_up(item: QueueItem[T], now: float, target_s: float) -> bool:
-    """Whether an item is too late to be kept for its own sake: by `target_s`, or by half of all the time it had,
-    since what waits until it is nearly out of time is of little use to anybody."""
-    return now - item.key > min(target_s, (item.deadline - item.arrival) / 2)

@@ -6,7 +6,6 @@ import heapq
 import itertools
 import math
 from bisect import bisect_left, insort
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeAlias, TypeVar
@@ -31,8 +30,6 @@ class QueueItem(Generic[T]):
         key: virtual deadline; the smallest is served first.
         group: only items of one group share a batch (a tensor request's layer).
         fail: called with the error when the queue gives the item up (shed, or too late).
-        service_s: what serving it takes at the very least: begun later than so long before its deadline, it would
-            be for nothing.
         rank: its class, see `class_of`.
         waiting, number: the queue's own: whether the item is in it, and as which it came.
     """
@@ -45,7 +42,6 @@ class QueueItem(Generic[T]):
     key: float
     fail: Callable[[PimoeError], None]
     group: Hashable = None
-    service_s: float = 0.0
     rank: int = field(default=0, init=False)
     waiting: bool = field(default=False, init=False)
     number: int = field(default=-1, init=False)
@@ -61,16 +57,16 @@ _Entry: TypeAlias = tuple[float, int, QueueItem[T]]
 class PriorityQueue(Generic[T]):
     """Single-threaded; every method runs on the event loop's thread.
 
-    Three orders over the same items: by key within each group, by latest start, by importance. An item that leaves
-    frees its tokens at once. The two heaps lose its entries when they surface, or when most entries are left over.
+    Four orders over the same items: by key within each group and each class, by deadline, by importance. An item
+    that leaves frees its tokens at once. Heaps lose its entries when they surface, or when most are left over.
     """
 
     def __init__(self, limits: QueueLimits) -> None:
         self.limits = limits
         self.drain_rate = DrainRate()
-        self._group_tokens: Counter[Hashable] = Counter()
         self._groups: dict[Hashable, list[_Entry[T]]] = {}  # sorted: batches are read off without taking them out
-        self._by_start: list[_Entry[T]] = []  # a heap, as the next
+        self._by_deadline: list[_Entry[T]] = []  # a heap, as the next two
+        self._by_class: list[list[_Entry[T]]] = [[] for _ in CLASSES]
         self._by_importance: list[_Entry[T]] = []
         self._numbers = itertools.count()
         self._items = self._tokens = 0
@@ -93,10 +89,9 @@ class PriorityQueue(Generic[T]):
         """Tokens that wait in a class and those above it: what is served before a newcomer."""
         return sum(books.tokens for books in self._books[rank:]) if self.limits.prioritised else self._tokens
 
-    def head_group_tokens(self) -> int:
-        """Tokens that wait in the group that is served next."""
-        head = self.head()
-        return 0 if head is None else self._group_tokens[head.group]
+    def first_of_class(self, rank: int) -> QueueItem[T] | None:
+        """The item of a class that comes first by key, in whatever group."""
+        return self._first(self._by_class[rank])
 
     def statistics(self) -> QueueStatistics:
         """See `QueueStatistics`."""
@@ -116,10 +111,10 @@ class PriorityQueue(Generic[T]):
         item.waiting, item.number = True, next(self._numbers)
         self._items += 1
         self._tokens += item.tokens
-        self._group_tokens[item.group] += item.tokens
         self._books[item.rank].came(item.tokens)
         insort(self._groups.setdefault(item.group, []), (item.key, item.number, item))
-        heapq.heappush(self._by_start, (item.deadline - item.service_s, item.number, item))
+        heapq.heappush(self._by_deadline, (item.deadline, item.number, item))
+        heapq.heappush(self._by_class[item.rank], (item.key, item.number, item))
         heapq.heappush(self._by_importance, (item.rank, -item.number, item))
         for victim, error in given_up:  # told when the books are right: who is told may queue again
             victim.fail(error)
@@ -199,17 +194,30 @@ class PriorityQueue(Generic[T]):
     def expire(self, now: float) -> None:
         """Fail what can no longer make its deadline, before anything is spent on it."""
         late: list[QueueItem[T]] = []
-        while (item := self._first(self._by_start)) is not None and item.deadline - item.service_s <= now:
+        while (item := self._first(self._by_deadline)) is not None and item.deadline <= now:
             self._leave(item)
-            self._books[item.rank].expired += 1
             late.append(item)
-        for item in late:
+        self._fail_late(late)
+
+    def drop_late(self, items: list[QueueItem[T]]) -> None:
+        """Fail waiting items that would not be done in time if they were begun."""
+        for item in items:
+            self._leave(item)
+        self._fail_late(items)
+
+    def _fail_late(self, items: list[QueueItem[T]]) -> None:
+        for item in items:
+            self._books[item.rank].expired += 1
             item.fail(DeadlineExceededError("the request's time ran out in the queue"))
 
     def peek_batch(
-        self, max_tokens: int, fits: Callable[[int, float], bool] | None = None, now: float = math.inf
+        self,
+        max_tokens: int,
+        fits: Callable[[int, float], bool] | None = None,
+        now: float = math.inf,
+        head: QueueItem[T] | None = None,
     ) -> tuple[list[QueueItem[T]], QueueItem[T] | None]:
-        """The items of the head's group, in order, that go together, and the first that was left behind only for
+        """The items of `head`'s group, in order, that go together, and the first that was left behind only for
         lack of room. A head larger than `max_tokens` comes alone. Nothing is taken out.
 
         Where an item does not fit that is not late at `now`, smaller ones behind it fill the room that it could
@@ -217,8 +225,9 @@ class PriorityQueue(Generic[T]):
 
         Args:
             fits: of a batch's tokens and its earliest deadline, whether it would be done in time; None: yes.
+            head: any item of the group; None: the one that comes first of all.
         """
-        head = self.head()
+        head = head or self.head()
         batch: list[QueueItem[T]] = []
         left: QueueItem[T] | None = None
         tokens, deadline, misses = 0, math.inf, 0
@@ -281,13 +290,12 @@ class PriorityQueue(Generic[T]):
         self._books[item.rank].went(item.tokens)
         group = self._groups[item.group]
         del group[bisect_left(group, (item.key, item.number))]
-        self._group_tokens[item.group] -= item.tokens
         if not group:
-            del self._groups[item.group], self._group_tokens[item.group]
+            del self._groups[item.group]
         if not self._items:
             self.times_emptied += 1
             self.drain_rate.emptied()
-        for heap in (self._by_start, self._by_importance):
+        for heap in (self._by_deadline, self._by_importance, *self._by_class):
             if len(heap) > 64 + 2 * self._items:
                 heap[:] = [entry for entry in heap if entry[2].waiting]
                 heapq.heapify(heap)

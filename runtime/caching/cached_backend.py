@@ -6,9 +6,9 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple, cast
 
-from ..errors import DeadlineExceededError, OverloadedError, RequestCancelledError
 from ..requests import (
     Backend,
     CacheOutcome,
@@ -21,11 +21,10 @@ from ..requests import (
 )
 from .cached_statistics import ANSWERED_BY, BYPASS_REASONS, AnsweredBy, BypassReason, CachedStatistics
 from .entry import CachedAnswer, fits, is_storable
-from .flight import Flight, Superseded
 from .key import Serving, generate_key, infer_key
 from .result_cache import EntryTags, ResultCache
 from .second_level import SecondLevel
-from .sharing import Asker, Item, Request, Shared, Watcher, computing, is_whole, item_bytes, replay
+from .sharing import Asker, Group, Item, Request, Rival, Watcher, computing, is_whole, item_bytes, replay
 
 
 class _Opened(NamedTuple):
@@ -65,7 +64,7 @@ class CachedBackend:
         self.watcher: Watcher | None = None
         self._wall_clock = wall_clock
         self._waiting = 0  # requests that are not answered yet, those of `warm` left out
-        self._flights: dict[bytes, Shared] = {}
+        self._flights: dict[bytes, Group] = {}
         self._outcomes: Counter[str] = Counter(dict.fromkeys(ANSWERED_BY, 0))
         self._bypassed: Counter[str] = Counter(dict.fromkeys(BYPASS_REASONS, 0))
         self._superseded = 0
@@ -110,8 +109,8 @@ class CachedBackend:
 
         What is being computed is given to those who wait for it, and neither stored nor given to who comes later.
         """
-        for key, shared in list(self._flights.items()):
-            if model in (None, shared.leader.tags.model) and tenant in (None, shared.leader.tags.tenant):
+        for key, group in list(self._flights.items()):
+            if model in (None, group.tags.model) and tenant in (None, group.tags.tenant):
                 del self._flights[key]
         if self.second is not None:
             self.second.forget(model, tenant)
@@ -179,111 +178,117 @@ class CachedBackend:
             return _Opened("hit", found.response_id, found.created_s, replay(found.items))
         items = self._read(key, self._join(key, asker, None), asker)
         # Begins it, so that one that is closed before its first item leaves its flight all the same.
-        shared = await anext(items)
-        return _Opened(self._outcome(shared, asker), shared.response_id, shared.created_s, items)
+        rival: Rival = await anext(items)
+        outcome, group = self._outcome(rival, asker), rival.group
+        return _Opened(outcome, group.response_id, group.created_s, items)
 
-    def _outcome(self, shared: Shared, asker: Asker) -> CacheOutcome:
-        if shared.from_second:
+    def _outcome(self, rival: Rival, asker: Asker) -> CacheOutcome:
+        if rival.group.from_second:
             self._outcomes["second"] += 1
             return "hit"
-        outcome: AnsweredBy = "miss" if shared.leader is asker else "coalesced"
+        outcome: AnsweredBy = "miss" if rival.leader is asker else "coalesced"
         self._outcomes[outcome] += 1
         self.cache.misses += outcome == "miss"
         self.cache.coalesced += outcome == "coalesced"
         return cast(CacheOutcome, outcome)
 
-    def _join(self, key: bytes, asker: Asker, before: Shared | None) -> Shared:
-        """The flight under way; a new one where there is none, or none that is urgent enough.
+    def _join(self, key: bytes, asker: Asker, before: Group | None) -> Rival:
+        """A computation under way; a new one where there is none, or none that is urgent enough.
 
         Args:
             before: what the asker was told to be answered by, and is not.
         """
-        shared = self._flights.get(key)
-        if shared is None:
+        group = self._flights.get(key)
+        front = None if group is None else group.front()
+        if group is None or front is None:
             return self._launch(key, asker, before)
-        if not shared.may_be_overtaken_by(asker):
-            return shared
-        if not shared.looked_up.is_set():
-            shared.leader = asker  # in time: it does not compute yet
-            return shared
+        if not group.is_overtaken_by(asker):
+            return front
+        if not group.looked_up.is_set():
+            front.leader = asker  # in time: it does not compute yet
+            return front
+        beside = self._fly(key, group, asker, asker.compute(asker.left_s()))
         self._superseded += 1
-        shared.successor = self._launch(key, asker, shared)
-        shared.flight.supersede()
-        return shared.successor
+        return beside
 
-    def _launch(self, key: bytes, asker: Asker, before: Shared | None) -> Shared:
-        """Begin a flight, in place of one `before`, whose readers keep the identity that they were told."""
-        if before is None:
-            shared = Shared(asker.request.request_id, int(self._wall_clock()), asker)
-        else:
-            shared = Shared(before.response_id, before.created_s, asker, ticket=before.ticket)
+    def _launch(self, key: bytes, asker: Asker, before: Group | None) -> Rival:
+        """Begin a group, in place of one `before`."""
+        if before is not None:
+            return self._fly(key, before.renewed(), asker, asker.compute(asker.left_s()))
+        group = Group(asker.request.request_id, int(self._wall_clock()), asker.tags)
+        if self.second is not None:
+            return self._fly(key, group, asker, self._looked_up(self.second, key, group))
+        group.looked_up.set()
+        return self._fly(key, group, asker, asker.compute(asker.request.timeout_s))
 
+    def _fly(self, key: bytes, group: Group, asker: Asker, items: AsyncGenerator[Any, None]) -> Rival:
         def ended() -> None:
-            if self._flights.get(key) is shared:
+            if self._flights.get(key) is group:
                 del self._flights[key]
 
-        if before is None and self.second is not None:
-            items = self._looked_up(self.second, key, shared)
-        else:
-            shared.looked_up.set()
-            items = asker.compute(asker.request.timeout_s if before is None else asker.left_s())
-        shared.flight = Flight(items, lambda items: self._store(key, shared, items), ended)
-        self._flights[key] = shared
-        return shared
+        self._flights[key] = group
+        return group.fly(asker, items, partial(self._store, key, group), ended)
 
-    async def _looked_up(self, second: SecondLevel, key: bytes, shared: Shared) -> AsyncGenerator[Any, None]:
+    async def _looked_up(self, second: SecondLevel, key: bytes, group: Group) -> AsyncGenerator[Any, None]:
         """What the second level has, or what is computed instead."""
-        model, request = self.model, shared.leader.request
+        (rival,) = group.rivals
+        model, request = self.model, rival.leader.request
         try:
-            found = await second.get(key, shared.leader.tags, lambda answer: fits(answer, model, request))
-            shared.ticket = found.ticket
+            found = await second.get(key, group.tags, lambda answer: fits(answer, model, request))
+            group.ticket = found.ticket
             if found.answer is not None:
-                shared.from_second = True
-                shared.response_id, shared.created_s = found.answer.response_id, found.answer.created_s
-                shared.age_s = max(0.0, self.cache.limits.ttl_s - found.remaining_s)
+                group.from_second = True
+                group.response_id, group.created_s = found.answer.response_id, found.answer.created_s
+                group.age_s = max(0.0, self.cache.limits.ttl_s - found.remaining_s)
         finally:
-            shared.looked_up.set()
-        items = replay(found.answer.items) if found.answer else shared.leader.compute(shared.leader.left_s())
+            group.looked_up.set()
+        items = replay(found.answer.items) if found.answer else rival.leader.compute(rival.leader.left_s())
         async with contextlib.aclosing(items):
             async for item in items:
                 yield item
 
-    def _store(self, key: bytes, shared: Shared, items: list[Item]) -> None:
+    def _store(self, key: bytes, group: Group, items: list[Item]) -> None:
         # One that is not the current one any more was begun before a flush.
-        if self._flights.get(key) is not shared:
+        if self._flights.get(key) is not group:
             return
         if not (items and all(map(is_storable, items)) and is_whole(items[-1])):
             return
-        answer = CachedAnswer(shared.response_id, shared.created_s, tuple(items))
-        size_bytes, tags = sum(map(item_bytes, items)), shared.leader.tags
-        self.cache.put(key, answer, size_bytes, tags, shared.age_s)
-        if self.second is not None and shared.ticket is not None and not shared.from_second:
-            self.second.put(key, tags, answer, size_bytes, shared.ticket)
+        answer = CachedAnswer(group.response_id, group.created_s, tuple(items))
+        size_bytes = sum(map(item_bytes, items))
+        self.cache.put(key, answer, size_bytes, group.tags, group.age_s)
+        if self.second is not None and group.ticket is not None and not group.from_second:
+            self.second.put(key, group.tags, answer, size_bytes, group.ticket)
 
-    async def _read(self, key: bytes, shared: Shared, asker: Asker) -> AsyncGenerator[Any, None]:
-        """Read a flight: itself first, as soon as it is known what it gives, and then its items.
+    async def _read(self, key: bytes, rival: Rival, asker: Asker) -> AsyncGenerator[Any, None]:
+        """Read a computation: itself first, as soon as it is known what it gives, and then its items.
 
-        When another's fails for a reason of its leader's own (its time, its place in the queue), join the next or
-        launch one, and leave out what was read: equal requests give equal items.
+        Where it fails and another goes on, leave out what was read: equal requests give equal items.
         """
         position, begun = 0, False
         with self._counted(key, asker) if asker.counts else contextlib.nullcontext():
             while True:
                 try:
-                    with shared.flight.joined():
+                    with rival.flight.joined():
                         if not begun:
-                            await shared.wait_looked_up(asker.deadline)
+                            await rival.group.wait_looked_up(asker.deadline)
                             begun = True
-                            yield shared
-                        async with contextlib.aclosing(shared.flight.read(asker.deadline, position)) as items:
+                            yield rival
+                        async with contextlib.aclosing(rival.flight.read(asker.deadline, position)) as items:
                             async for item in items:
                                 position += 1
                                 yield item
                     return
-                except Superseded:
-                    shared = cast(Shared, shared.successor)
-                except (DeadlineExceededError, OverloadedError, RequestCancelledError) as error:
-                    others = shared.leader is not asker and error is shared.flight.error
-                    if not others or time.monotonic() >= asker.deadline:
+                except Exception as error:
+                    other = self._instead(key, rival.successor or rival, asker, error)
+                    if other is None:
                         raise
-                    shared = self._join(key, asker, shared)
+                    rival = other
+
+    def _instead(self, key: bytes, failed: Rival, asker: Asker, error: Exception) -> Rival | None:
+        """What a reader of one that failed is to read then: a rival that runs, or, where the reason was the
+        leader's own, the next computation; None: the error is for the reader."""
+        if failed.leader is asker or error is not failed.flight.error or time.monotonic() >= asker.deadline:
+            return None
+        if (running := failed.group.front()) is not None:
+            return running
+        return self._join(key, asker, failed.group) if failed.failed_alone else None

@@ -21,7 +21,7 @@ class CachedStatistics(NamedTuple):
         second: of the second level, None where there is none. It is asked once for many equal requests.
         outcomes: requests by `AnsweredBy`, every one there; those of `CachedBackend.warm` are not among them.
         bypass_reasons: requests that the cache left alone, by `BypassReason`.
-        superseded: computations that a more urgent request began anew.
+        superseded: computations that a more urgent request began beside a less urgent one's.
     """
 
     memory: CacheStatistics

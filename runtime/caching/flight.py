@@ -12,10 +12,6 @@ from ..errors import DeadlineExceededError, RequestCancelledError
 V = TypeVar("V")
 
 
-class Superseded(Exception):
-    """Another computation of the same has taken this one's place: read that one instead."""
-
-
 class Flight(Generic[V]):
     """One computation and its readers. Each reader gets every item from the first on, whenever it joins.
 
@@ -25,25 +21,30 @@ class Flight(Generic[V]):
 
     Args:
         items: the computation.
+        began: called when it has given its first item, or ended whole without one; before a reader sees it.
         finished: called when it has ended whole, with all items.
         ended: called when no reader may join any more: it has ended in any way, or nobody is left. Perhaps twice.
 
     Attributes:
         error: what the computation raised; the very one that readers are given.
+        is_abandoned: its last reader left before its end.
     """
 
     def __init__(
         self,
         items: AsyncGenerator[V, None],
+        began: Callable[[], None],
         finished: Callable[[list[V]], None],
         ended: Callable[[], None],
     ) -> None:
         self.error: Exception | None = None
+        self.is_abandoned = False
         self._items: list[V] = []
-        self._done = self._superseded = False
+        self._done = False
+        self._successor: Flight[V] | None = None
         self._readers = 0
         self._changed = asyncio.Event()
-        self._finished, self._ended = finished, ended
+        self._began, self._finished, self._ended = began, finished, ended
         self._task = asyncio.create_task(self._run(items))
 
     @property
@@ -51,9 +52,17 @@ class Flight(Generic[V]):
         """Whether it goes on and has given nothing yet."""
         return not (self._items or self._done)
 
-    def supersede(self) -> None:
-        """End it for a successor, to which its readers move; only while it `is_empty`."""
-        self._superseded = self._done = True
+    @property
+    def is_done(self) -> bool:
+        """Whether it has ended, in any way."""
+        return self._done
+
+    def supersede(self, successor: Flight[V]) -> None:
+        """End it, while it `is_empty`, for another computation of the same that has begun: its readers are that
+        one's from now on, and need not know. That one must not be superseded in turn."""
+        successor._readers += self._readers
+        self._readers = 0
+        self._successor, self._done = successor, True
         self._task.cancel()
         self._notify()
 
@@ -64,9 +73,10 @@ class Flight(Generic[V]):
         try:
             yield
         finally:
-            self._readers -= 1
-            if self._readers == 0 and not self._done:
-                self._abandon()
+            flight = self._successor or self
+            flight._readers -= 1
+            if flight._readers == 0 and not flight._done:
+                flight._abandon()
 
     async def read(self, deadline: float, position: int = 0) -> AsyncGenerator[V, None]:
         """All items, from the one at `position`; for those who have `joined`.
@@ -76,25 +86,23 @@ class Flight(Generic[V]):
 
         Raises:
             DeadlineExceededError: the reader's time ran out; the flight goes on for the others.
-            PimoeError: what the computation raised.
-            Superseded: nothing was read, and nothing will be.
+            PimoeError: what the computation raised, or its successor.
         """
         while True:
-            if self._superseded:
-                raise Superseded
-            while position < len(self._items):
+            flight = self._successor or self
+            while position < len(flight._items):
                 position += 1
-                yield self._items[position - 1]
-            if self._done:
-                if self.error is not None:
-                    raise self.error
+                yield flight._items[position - 1]
+            if flight._done:
+                if flight.error is not None:
+                    raise flight.error
                 return
-            await self._wait(deadline)
+            await flight._wait(deadline)
 
     def _abandon(self) -> None:
         # Now, and not when it has ended: a task that is cancelled before its first step never comes to say so.
         self.error = RequestCancelledError("the shared computation was cancelled")
-        self._done = True
+        self._done = self.is_abandoned = True
         self._ended()
         self._task.cancel()
         self._notify()
@@ -110,8 +118,16 @@ class Flight(Generic[V]):
         try:
             async with contextlib.aclosing(items):
                 async for item in items:
+                    if self._done:  # it was given up, and did not heed that
+                        return
                     self._items.append(item)
+                    if len(self._items) == 1:
+                        self._began()
                     self._notify()
+            if self._done:
+                return
+            if not self._items:
+                self._began()
             self._finished(self._items)
         except asyncio.CancelledError:
             self.error = self.error or RequestCancelledError("the shared computation was cancelled")

@@ -17,12 +17,13 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import ConfigurationError, UnavailableError
-from .entry import Associated, CachedAnswer, EntryCodec, EntryError, missing, parse_key
+from ..errors import UnavailableError
+from .entry import Associated, CachedAnswer, EntryCodec, EntryError, parse_key
+from .redis_client import Failure, client_of, failure_of
 from .redis_limits import RedisLimits
-from .redis_names import TICKET_BYTES, RedisNames, associated, ticket_of
+from .redis_names import TICKET_BYTES, RedisNames, associated, is_generation, ticket_of
 from .result_cache import EntryTags
 from .second_level import (
     DROP_REASONS,
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Failure = Literal["timeout", "unavailable", "refused", "busy"]
 Lookup = tuple[Found, MissReason | None]
 
 _GENERATION_TTL_S = 30 * 86_400.0
@@ -64,8 +64,8 @@ class RedisLevel:
         key = parse_key(limits.encryption_key)
         self._names = RedisNames(limits.namespace)
         self._codec = EntryCodec(limits.compression, key, limits.max_entry_bytes)
-        self._reads = _client(limits, limits.max_connections)
-        self._writes = _client(limits, _WRITE_CONNECTIONS)
+        self._reads = client_of(limits, limits.max_connections)
+        self._writes = client_of(limits, _WRITE_CONNECTIONS)
         self._breaker = Breaker(limits.breaker_failures, limits.breaker_retry_s)
         self._pending = WriteBehind(self._write, self._drop, limits.max_pending_entries, limits.max_pending_bytes)
         self._running: set[asyncio.Task[Any]] = set()
@@ -96,7 +96,7 @@ class RedisLevel:
         try:
             await self._bounded(renewed, self._limits.command_timeout_s)
         except Exception as error:
-            reason = _failure(error)
+            reason = failure_of(error)
             raise UnavailableError(f"the cache's second level does not answer ({reason})", None, 1.0) from error
         self._flushes += 1
         return await self._sweep(model, tenant)
@@ -147,7 +147,13 @@ class RedisLevel:
         current, value, remaining_ms = await pipe.execute(raise_on_error=False)
         if isinstance(current, Exception):
             raise current
-        ticket = ticket_of(current) or await self._begin(self._reads, generations, only_missing=True)
+        ticket = ticket_of(current)
+        if ticket is None:
+            ticket, foreign = await self._mended(generations)
+            if foreign:
+                return Found(ticket=ticket), "refused"
+        if isinstance(value, Exception):  # of a foreign type, perhaps; what is stored instead overwrites it
+            return Found(ticket=ticket), "refused"
         if value == b"" or remaining_ms == -2:  # expired between the two, perhaps
             return Found(ticket=ticket), "absent"
         # None of ours is anything but a string, or lives for ever.
@@ -193,14 +199,28 @@ class RedisLevel:
             self._written += 1
             self._written_bytes += len(value)
 
-    async def _begin(self, client: Redis, generations: Sequence[str], only_missing: bool = False) -> bytes | None:
-        """Write new generations, and give the ticket of them all; None: something else lies there."""
+    async def _mended(self, generations: Sequence[str]) -> tuple[bytes | None, bool]:
+        """Make those generations that are missing, and overwrite what is none; the ticket, and whether something
+        was none. Without a ticket (somebody keeps writing there) the answer is not stored."""
+        current = await self._begin(self._reads, generations, only_missing=True)
+        foreign = [name for name, value in zip(generations, current, strict=True) if not is_generation(value)]
+        if foreign:
+            await self._begin(self._reads, foreign)
+            current = await self._reads.mget(generations)
+        ticket = ticket_of(current)
+        if ticket is None:
+            self._drop("refused")
+        return ticket, bool(foreign)
+
+    async def _begin(self, client: Redis, generations: Sequence[str], only_missing: bool = False) -> list[Any]:
+        """Write new generations; what lies there then, None for what is no string."""
         ttl_ms = int(1000 * max(_GENERATION_TTL_S, 2 * self._limits.ttl_s))
         pipe = client.pipeline(transaction=False)
         for name in generations:
             pipe.set(name, os.urandom(TICKET_BYTES), px=ttl_ms, nx=only_missing)
         pipe.mget(generations)
-        return ticket_of((await pipe.execute())[-1])
+        current: list[Any] = (await pipe.execute())[-1]
+        return current
 
     async def _sweep(self, model: str | None, tenant: str | None) -> int:
         """Delete what a new generation has made invalid; how many were. What is left expires by itself."""
@@ -220,7 +240,7 @@ class RedisLevel:
         try:
             await self._bounded(sweep(), _SWEEP_S)
         except Exception as error:
-            _log.warning("%s: flushed, but not everything was deleted: %s", self._limits.shown, _failure(error))
+            _log.warning("%s: flushed, but not everything was deleted: %s", self._limits.shown, failure_of(error))
         return sum(deleted)
 
     async def _bounded(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
@@ -243,7 +263,7 @@ class RedisLevel:
             task.exception()  # looked at, so that nobody complains of one that came too late
 
     def _failed(self, error: Exception) -> Failure:
-        reason = _failure(error)
+        reason = failure_of(error)
         # An error of the server's own is an answer, and connections that are all in use say nothing about it.
         if reason in ("timeout", "unavailable") and self._breaker.failed():
             _log.warning("%s does not answer (%s): going on without it", self._limits.shown, reason)
@@ -255,42 +275,6 @@ class RedisLevel:
 
     def _drop(self, reason: DropReason) -> None:
         self._dropped[reason] += 1
-
-
-def _client(limits: RedisLimits, connections: int) -> Redis:
-    try:
-        from redis.asyncio import Redis
-        from redis.asyncio.retry import Retry
-        from redis.backoff import NoBackoff
-    except ImportError:
-        raise missing("redis", "cache.second_level") from None
-    try:
-        return Redis.from_url(
-            limits.url,
-            protocol=2,
-            max_connections=connections,
-            socket_timeout=limits.command_timeout_s,
-            socket_connect_timeout=limits.command_timeout_s,
-            retry=Retry(NoBackoff(), 0),  # whoever waits has no time for it
-            decode_responses=False,
-        )
-    except (ValueError, TypeError):
-        # Its own message may quote the URL.
-        raise ConfigurationError("second_level.url is no URL of a Redis server", "url") from None
-
-
-def _failure(error: Exception) -> Failure:
-    import redis.exceptions as known
-
-    if isinstance(error, TimeoutError | known.TimeoutError):
-        return "timeout"
-    if isinstance(error, known.MaxConnectionsError):
-        return "busy"
-    if isinstance(error, OSError | known.ConnectionError):
-        return "unavailable"
-    if not isinstance(error, known.RedisError):
-        _log.error("a fault in the cache's second level", exc_info=error)
-    return "refused"
 
 
 async def _awaited(command: Any) -> Any:

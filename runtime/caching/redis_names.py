@@ -47,9 +47,14 @@ class RedisNames:
         return tenants if tenant is not None else models if model is not None else everything
 
 
+def is_generation(value: Any) -> bool:
+    """Whether what lies under a generation's name may be one."""
+    return isinstance(value, bytes) and len(value) == TICKET_BYTES
+
+
 def ticket_of(generations: list[Any]) -> bytes | None:
     """A digest of three generations; None where one of them is missing, or something else."""
-    if not all(isinstance(each, bytes) and len(each) == TICKET_BYTES for each in generations):
+    if not all(map(is_generation, generations)):
         return None
     return hashlib.sha256(b"".join(generations)).digest()[:TICKET_BYTES]
 

@@ -27,7 +27,7 @@ MissReason: TypeAlias = Literal[
     "too_large",
     "timeout",
     "unavailable",
-    "refused",  # the server answered with an error
+    "refused",  # the server answered with an error, or holds something of a foreign type there
     "busy",  # all connections are in use
     "open",  # the circuit breaker was open: the server was not asked
 ]

@@ -20,6 +20,11 @@ class RemoteGroup:
     def __init__(self, pool: LinkPool) -> None:
         self.pool = pool
 
+    @property
+    def replicas(self) -> int:
+        """See `GroupBackend`."""
+        return max(1, len(self.pool.links))
+
     async def run(self, layer: int, rows: ExpertRows, deadline: float) -> Tensor:
         """See `GroupBackend`."""
         tensors = [
@@ -39,6 +44,11 @@ class LocalGroup:
 
     def __init__(self, group: ExpertGroup) -> None:
         self.group = group
+
+    @property
+    def replicas(self) -> int:
+        """See `GroupBackend`."""
+        return 1
 
     async def run(self, layer: int, rows: ExpertRows, deadline: float) -> Tensor:
         """See `GroupBackend`."""

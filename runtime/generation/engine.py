@@ -196,8 +196,6 @@ class Engine:
             deadline=deadline,
             key=sort_key(self.queue.limits, self.batch_limits, now, deadline, priority, prefill_s),
             fail=stream.fail,
-            # Its first token at the least: what cannot have even that in time is not begun.
-            service_s=self.latency.least_s(tokens),
         )
 
     def _is_hopeless(self, item: QueueItem[_Stream]) -> bool:
@@ -206,7 +204,7 @@ class Engine:
         if len(self._running) < self.limits.max_sequences or item.value.request.emitted:
             return False
         rounds_ahead = self.queue.items_above(item.rank - 1) // self.limits.max_sequences
-        return rounds_ahead * self._held_s + item.service_s > item.deadline - item.arrival
+        return rounds_ahead * self._held_s > item.deadline - item.arrival
 
     def _expire(self, stream: _Stream) -> None:
         stream.fail(DeadlineExceededError("the request's time ran out"))
@@ -264,8 +262,12 @@ class Engine:
         first, left = self.queue.peek(room)
         if not self._can_admit(first[0]):
             return  # nobody is given up for a place that the first cannot take
-        for item in self._overload.compose(first, left, room, now, self._held_s):
+        backlog_s = len(self.queue) / self.limits.max_sequences * self._held_s
+        for item in self._overload.compose(first, left, room, now, self._held_s, backlog_s):
             stream, request = item.value, item.value.request
+            if self._running and now + self.latency.least_s(item.tokens) > item.deadline:
+                self.queue.drop_late([item])  # not even its first token would be in time
+                continue
             if not self._can_admit(item):
                 return
             self.queue.take([item], now)

@@ -49,7 +49,9 @@ class Router:
         self.limits = limits
         self.device = device
         self.dtype = torch_dtype(model.dtype)
-        self.batcher: Batcher[tuple[int, Tensor], Tensor] = Batcher(self._run_layer, limits.batching, limits.queue)
+        self.batcher: Batcher[tuple[int, Tensor], Tensor] = Batcher(
+            self._run_layer, limits.batching, limits.queue, servers=dispatcher.parallelism
+        )
         self.engine: Engine | None = None
         self._layer_s = 0.0
         if decoder is not None:

@@ -18,6 +18,11 @@ from .strategies import Routing
 class GroupBackend(Protocol):
     """An expert group, wherever it is."""
 
+    @property
+    def replicas(self) -> int:
+        """How many dispatches it computes at once, at least 1."""
+        ...
+
     async def run(self, layer: int, rows: ExpertRows, deadline: float) -> Tensor:
         """The weighted sums `[rows, hidden]` in float32; `deadline` is on `loop.time()`.
 
@@ -65,6 +70,10 @@ class Dispatcher:
         self._group_rows = [0] * len(groups)
         self._group_pairs = [np.zeros(len(experts), np.int64) for experts in placement.groups]
         self._waiting_s = 0.0
+
+    def parallelism(self) -> int:
+        """How many dispatches are computed at once: replicas of the group that has fewest."""
+        return min((group.replicas for group in self.groups), default=1)
 
     def until(self, deadline: float) -> BoundDispatch:
         """This dispatcher as a decoder's expert dispatch, with `deadline` (`loop.time()`) for every layer."""
