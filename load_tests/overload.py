@@ -46,8 +46,8 @@ class Preset:
     """
 
     inner: int = 8192
-    request_tokens: int = 64
-    batch_tokens: int = 512
+    request_tokens: int = 128
+    batch_tokens: int = 1024
     capacity_s: float = 8.0
     load_s: float = 30.0
     warm_s: float = 5.0
@@ -302,10 +302,11 @@ def tables(facts: dict[str, Any], phases: Sequence[Phase]) -> str:
         f"Overload: capacity {capacity['tokens_per_s']:,.0f} tokens/s, request alone "
         f"{_ms(capacity['single_s'])}; {facts['load']:g} times that offered, timeout {_ms(facts['timeout_s'])}"
     )
-    batches = ", ".join(f"{_ms(phase.batch_s)} under {phase.order}" for phase in phases)
+    # Of the other order it would tell nothing: most of what that begins is left by its callers half-way.
+    batches = f"a full batch took {_ms(phases[0].batch_s)} under {phases[0].order}"
     sums = f"answered in time: priority {goodput['priority']}, fifo {goodput['fifo']}"
     ratio_text = f", ratio {ratio:.2f}" if ratio is not None else ""
-    return f"{table(title, header, lines)}\na full batch took {batches}\n{sums}{ratio_text}"
+    return f"{table(title, header, lines)}\n{batches}\n{sums}{ratio_text}"
 
 
 def _ms(seconds: float | None) -> str:

@@ -41,7 +41,7 @@ Execute = Callable[[Sequence[T], float], Awaitable[Computed[R]]]
 
 
 class BatcherStatistics(NamedTuple):
-    """The queue, batches in flight, and since start: batches, tokens in them, batches by close reason and by size;
+    """The queue, batches in flight, and since start: batches, tokens computed, batches by close reason and size;
     the latency model, the bound of batches that it or `AimdLimit` sets, and how busy downstream was lately."""
 
     queue: QueueStatistics
@@ -268,7 +268,6 @@ class Batcher(Generic[T, R]):
     def _dispatch(self, items: list[_Item[T, R]], tokens: int, reason: CloseReason, now: float) -> None:
         self.queue.take(items, now)
         self._batches += 1
-        self._tokens += tokens
         self._closed[reason] += 1
         self._sizes.add(tokens)
         spare_s = min(item.deadline - item.arrival for item in items)
@@ -296,13 +295,14 @@ class Batcher(Generic[T, R]):
         entries = [item.value for item in items]
         try:
             latest = max(item.deadline for item in items)
+            tokens = sum(item.tokens for item in items)
+            self._tokens += tokens
             results, largest = await self._execute([entry.value for entry in entries], latest)
             if len(results) != len(entries):  # before any is handed out: none is known to be its item's
                 raise PimoeError(f"a batch of {len(entries)} items got {len(results)} results")
             for entry, result in zip(entries, results, strict=True):
                 if not entry.result.done():
                     entry.result.set_result(result)
-            tokens = sum(item.tokens for item in items)
             self.downstream.computed(batch.flight, tokens, largest, self._clock())
         except Exception as error:  # whatever the model raises is these items' outcome, never the batcher's
             if isinstance(error, DeadlineExceededError):
