@@ -259,7 +259,7 @@ def test_the_cache_changes_while_serving(live: Live) -> None:
         ("router", {"batching": {"max_batch_tokens": 9}, "queue": {"max_items": 0}}, "max_items is 0"),
         ("router", {"batching": {"max_batch_tokens": 9}, "queue": {"class_shares": {"vip": 1}}}, "class_shares"),
         ("router", {"batching": {"max_batch_tokens": 9}, "queues": {}}, "'queues' is none of batching, queue"),
-        ("router", {"batching": 5}, "dictionary"),
+        ("router", {"batching": 5}, "must be a map"),
         ("gateway", {"cache": {"max_bytes": -1}}, "max_bytes"),
         ("gateway", {"cache": {"max_bytes": 9, "prefetch": {"speed": 1}}}, "speed"),
         ("group-0", {"threads": "many"}, "many"),
