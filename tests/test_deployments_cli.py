@@ -14,6 +14,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,12 @@ PIMOE = [sys.executable, "-m", "pimoe.deployments.command"]
 MARK = "PIMOE_TEST_MARK"
 
 
+def _set_signals(ignored: signal.Signals | None) -> None:
+    """As in a terminal, whatever the tests themselves were started by, nohup for one; but for `ignored`."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN if number == ignored else signal.SIG_DFL)
+
+
 class Command:
     """A running `pimoe` command whose descendants can be told from all other processes by a mark."""
 
@@ -41,7 +48,7 @@ class Command:
             stderr=subprocess.STDOUT,
             env={**os.environ, MARK: self.mark, "COLUMNS": "150"},
             start_new_session=True,
-            preexec_fn=None if ignored is None else lambda: signal.signal(ignored, signal.SIG_IGN),
+            preexec_fn=partial(_set_signals, ignored),
         )
 
     def wait_for(self, text: str, timeout_s: float = 120) -> None:
