@@ -180,7 +180,7 @@ def test_large_entries_are_neither_made_nor_read() -> None:
     assert refused(codec, CODECS["plain"].encode(big, BOUND)) == "too_large"
 
 
-GOOD: dict[str, Any] = {"t": [1, 2], "f": "stop", "l": [[1, -0.5, [[1, -0.5]]], [2, -1.0, []]]}
+GOOD: dict[str, Any] = {"t": [1, 2], "f": "stop", "l": [[1, -0.5, [[1, -0.5]], 1], [2, -1.0, [], 2]]}
 
 
 @pytest.mark.parametrize(
@@ -215,9 +215,9 @@ GOOD: dict[str, Any] = {"t": [1, 2], "f": "stop", "l": [[1, -0.5, [[1, -0.5]]], 
         ["generate", "id", 5, [GOOD | {"t": 7}]],
         ["generate", "id", 5, [GOOD | {"f": "error"}]],
         ["generate", "id", 5, [GOOD | {"x": 1}]],
-        ["generate", "id", 5, [GOOD | {"l": [[1, float("nan"), []]]}]],
-        ["generate", "id", 5, [GOOD | {"l": [[1, float("inf"), []]]}]],
-        ["generate", "id", 5, [GOOD | {"l": [[1, -1.0, [[1, "x"]]]]}]],
+        ["generate", "id", 5, [GOOD | {"l": [[1, float("nan"), [], 1]]}]],
+        ["generate", "id", 5, [GOOD | {"l": [[1, float("inf"), [], 1]]}]],
+        ["generate", "id", 5, [GOOD | {"l": [[1, -1.0, [[1, "x"]], 1]]}]],
         ["generate", "id", 5, [GOOD | {"l": [[1, -1.0]]}]],
         ["generate", "id", 5, [GOOD | {"l": 3}]],
     ],

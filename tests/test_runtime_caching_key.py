@@ -39,10 +39,18 @@ OTHER_SAMPLING: dict[str, Any] = {
     "top_p": 0.5,
     "top_k": 5,
     "min_p": 0.25,
+    "repetition_penalty": 1.5,
+    "presence_penalty": 0.5,
+    "frequency_penalty": -0.5,
+    "logit_bias": ((1, 2.0),),
     "seed": 4,
     "logprobs": 0,
+    "prompt_logprobs": 0,
+    "stop": ("x",),
     "stop_token_ids": (),
     "ignore_eos": True,
+    "grammar_kind": "regex",
+    "grammar": "a+",
 }
 
 
@@ -81,9 +89,10 @@ def test_every_sampling_parameter_changes_the_key(name: str) -> None:
         {"prompt_token_ids": (3, 2, 1)},
         {"emitted": (1,)},
         {"prompt_token_ids": (1, 2), "emitted": (3,)},
+        {"cache_salt": "mine"},
     ],
 )
-def test_the_prompt_and_what_was_emitted_change_the_key(change: dict[str, Any]) -> None:
+def test_prompt_salt_and_what_was_emitted_change_the_key(change: dict[str, Any]) -> None:
     assert generate_key(MODEL, replace(GENERATE, **change)) != generate_key(MODEL, GENERATE)
 
 

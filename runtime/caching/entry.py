@@ -36,7 +36,7 @@ from ..requests import (
 
 Associated: TypeAlias = tuple[bytes, ...]
 
-SCHEMA = 1
+SCHEMA = 2
 COMPRESSIONS = ("none", "zstd")
 
 _HEAD = struct.Struct("<3sBB")
@@ -190,7 +190,7 @@ def is_storable(item: InferResult | TokenChunk) -> bool:
     """Whether its numbers are numbers. A logprob of minus infinity is one: of a token that was ruled out."""
     if isinstance(item, InferResult):
         return all_finite(item.output)
-    logprobs = item.logprobs or ()
+    logprobs = [each for each in (*(item.logprobs or ()), *(item.prompt_logprobs or ())) if each is not None]
     return all(_is_logprob(p) for each in logprobs for p in (each.logprob, *(p for _, p in each.top)))
 
 
@@ -230,11 +230,16 @@ def _result(dtype: Any, shape: Any, data: Any) -> InferResult:
 
 
 def _chunk(wire: Any) -> TokenChunk:
-    _must(type(wire) is dict and wire.keys() <= {"t", "f", "l"})
+    _must(type(wire) is dict and wire.keys() <= {"t", "f", "l", "p", "c"})
     _must(all(type(token) is int and token >= 0 for token in wire["t"]))
     _must(wire.get("f") in (None, "stop", "length"))
-    for token, logprob, top in wire.get("l") or ():
-        _must(all(type(i) is int and type(p) is float for i, p in ((token, logprob), *top)))
+    _must(type(wire.get("c", 0)) is int and wire.get("c", 0) >= 0)
+    for item in (*(wire.get("l") or ()), *(wire.get("p") or ())):
+        if item is not None:
+            token, logprob, top, rank = item
+            _must(
+                type(rank) is int and all(type(i) is int and type(p) is float for i, p in ((token, logprob), *top))
+            )
     chunk = TokenChunk.from_wire(wire)
     _must(is_storable(chunk))
     return chunk

@@ -9,6 +9,7 @@
     placement                `Serving`                        experts per group: the order that sums are rounded in
     tenant                   the request                      nothing is shared between tenants, unless configured
     endpoint                 "infer" or "generate"
+    generate: cache_salt     the request                      the caller's own way to share nothing
     infer: layer             the request, default filled in
     infer: dtype, shape, bytes    the one tensor, `hidden_states`
     generate: prompt, emitted     token ids, each list with its length
@@ -16,8 +17,8 @@
                              are hashed as floats (1 is 1.0, -0.0 is 0.0); the seed is 0 where nothing is drawn
                              (temperature 0); `stop_token_ids` as the set that they are
 
-Left out: request id, priority and timeout, which change when an answer comes and not what it is; the response's
-format, and stop strings, which are applied to the tokens when they are given. Every value is written with its type
+Left out: request id, priority and timeout, which change when an answer comes and not what it is; and the
+response's format. Every value is written with its type
 and length, so that no two different requests encode alike. A parameter that is unknown here cannot be in a
 request: the HTTP layer refuses it. What no field can tell (the code of experts of your own) is for `flush`.
 """
@@ -32,7 +33,7 @@ from typing import Any
 from .. import __version__
 from ..requests import GenerateRequest, InferRequest, ModelInfo
 
-KEY_SCHEMA = 2
+KEY_SCHEMA = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,7 @@ def generate_key(
 ) -> bytes:
     """The key of a generation; 32 bytes. `tenant`: None is the request's own."""
     canonical = _start(model, serving, request.tenant if tenant is None else tenant, "generate")
+    canonical.add(request.cache_salt)
     for tokens in (request.prompt_token_ids, request.emitted):
         canonical.add(struct.pack(f"<{len(tokens)}q", *tokens))
     for field in fields(request.sampling):
