@@ -1,0 +1,154 @@
+"""A chat as the token ids of its prompt, trimmed where its mode says so, and the report of what was left out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...runtime.errors import ContextLengthError, InvalidRequestError
+from .modes import Chosen
+from .prompt_cache import ChatPrompts, Messages, Variables
+from .trimming import trim
+
+MODE_HEADER = b"x-pimoe-mode"
+TRIMMED_HEADER = b"x-pimoe-trimmed-messages"
+
+# No tokenizer has longer tokens: text of more characters than this times the context cannot fit.
+_MAX_TOKEN_CHARS = 256
+# Above this, rendering and encoding would hold the event loop for milliseconds.
+_THREAD_FROM_CHARS = 16_384
+_TOO_MANY = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """A chat that is ready to be continued.
+
+    Attributes:
+        kept: indices of the messages that the prompt was made of.
+        trimmed_tokens: of the texts of the messages left out, each by itself; None where it is too much text to be
+            counted for a report.
+    """
+
+    token_ids: list[int]
+    messages: int
+    kept: tuple[int, ...]
+    trimmed_tokens: int | None = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ModeReport:
+    """What an answer says of its mode. The last three are None where there were no messages."""
+
+    mode: str | None
+    trimmed_messages: int | None = None
+    trimmed_tokens: int | None = None
+    kept_messages: int | None = None
+
+    def body(self) -> dict[str, Any]:
+        """The field `pimoe` of an answer."""
+        if self.trimmed_messages is None:
+            return {"mode": self.mode}
+        return {
+            "mode": self.mode,
+            "trimmed_messages": self.trimmed_messages,
+            "trimmed_tokens": self.trimmed_tokens,
+            "kept_messages": self.kept_messages,
+        }
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """The same for who reads only the head of an answer."""
+        found = [] if self.mode is None else [(MODE_HEADER, self.mode.encode())]
+        if self.trimmed_messages is not None:
+            found.append((TRIMMED_HEADER, str(self.trimmed_messages).encode()))
+        return found
+
+
+def report(chosen: Chosen | None, prompt: ChatPrompt | None = None) -> ModeReport | None:
+    """What the answer has to say; None where the request asked for no mode and no truncation."""
+    if chosen is None:
+        return None
+    if prompt is None:
+        return ModeReport(chosen.name)
+    kept = len(prompt.kept)
+    return ModeReport(chosen.name, prompt.messages - kept, prompt.trimmed_tokens, kept)
+
+
+async def chat_prompt(
+    prompts: ChatPrompts,
+    messages: Messages,
+    variables: Variables | None,
+    chosen: Chosen | None,
+    limits: tuple[int, int | None],
+) -> ChatPrompt:
+    """The prompt of a chat.
+
+    Args:
+        limits: the model's context in tokens, and the request's `max_tokens` if it names any.
+
+    Raises:
+        InvalidRequestError: the template refuses the messages, or makes nothing of them.
+        ContextLengthError: the prompt is too long for any tokenizer.
+    """
+    chars = sum(len(said(message)) for message in messages)
+    if chars >= _THREAD_FROM_CHARS:
+        return await asyncio.to_thread(prepare, prompts, messages, variables, chosen, limits)
+    return prepare(prompts, messages, variables, chosen, limits)
+
+
+def prepare(
+    prompts: ChatPrompts,
+    messages: Messages,
+    variables: Variables | None,
+    chosen: Chosen | None,
+    limits: tuple[int, int | None],
+) -> ChatPrompt:
+    """`chat_prompt` in this thread."""
+    context, max_tokens = limits
+    kept = tuple(range(len(messages)))
+    if chosen is not None and chosen.trims:
+        budget = chosen.preset.prompt_budget(context, max_tokens)
+
+        def count(indices: tuple[int, ...]) -> int | None:
+            return _count(prompts, [messages[index] for index in indices], variables, budget)
+
+        kept = trim(messages, chosen.preset.newest_messages, budget, count)
+    ids = prompts.token_ids([messages[index] for index in kept], variables, context * _MAX_TOKEN_CHARS)
+    if ids is None:
+        raise ContextLengthError(f"the messages are longer than the context of {context} tokens", "messages")
+    if not ids:
+        raise InvalidRequestError("the prompt has no tokens", "messages")
+    left = set(range(len(messages))).difference(kept)
+    texts = [said(messages[index]) for index in sorted(left)]
+    return ChatPrompt(list(ids), len(messages), kept, _count_texts(prompts, texts, context))
+
+
+def said(message: Mapping[str, Any]) -> str:
+    """The text of a message: its content, and what it calls tools with."""
+    content = message.get("content")
+    parts = [content] if isinstance(content, str) else [_part(part) for part in content or ()]
+    for call in message.get("tool_calls") or ():
+        function = call.get("function") or {}
+        parts += [str(function.get("name") or ""), str(function.get("arguments") or "")]
+    return "".join(parts)
+
+
+def _part(part: object) -> str:
+    return str(part.get("text") or "") if isinstance(part, Mapping) else ""
+
+
+def _count(prompts: ChatPrompts, messages: Messages, variables: Variables | None, budget: int) -> int | None:
+    try:
+        ids = prompts.token_ids(messages, variables, max(0, budget) * _MAX_TOKEN_CHARS)
+    except InvalidRequestError:
+        return None
+    return _TOO_MANY if ids is None else len(ids)
+
+
+def _count_texts(prompts: ChatPrompts, texts: Sequence[str], context: int) -> int | None:
+    # Nobody shall have a gateway count what no request of this context could send it otherwise.
+    if sum(map(len, texts)) > context * _MAX_TOKEN_CHARS:
+        return None
+    return sum(prompts.text_tokens(text) for text in texts if text)

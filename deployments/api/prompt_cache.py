@@ -1,0 +1,194 @@
+"""Prompts of chats as token ids, and the counts of tokens that trimming asks for: exact, and remembered.
+
+A chat is rendered by the checkpoint's template and then tokenized; both take longer the longer it is, and clients
+send the whole conversation each time. What was made is kept in one LRU, bounded by entries and by bytes:
+
+    what                key                                                     value
+    a rendered chat     SHA-256 of its messages and variables as JSON, in the   its token ids
+                        order that they came in, which templates can see
+    a text              SHA-256 of its UTF-8                                    how many tokens it has
+
+One cache belongs to one codec, so template and tokenizer are part of every key. A template that reads the clock is
+rendered each time, and its text is looked up instead of its messages: the date in it must not be yesterday's.
+
+Safe to use from several threads: long chats are tokenized in a thread of their own. Two of them that miss the same
+entry at once both make it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import threading
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, Protocol
+
+import orjson
+
+from ...runtime.errors import ConfigurationError
+
+Value = array[int] | int
+Messages = Sequence[Mapping[str, Any]]
+Variables = Mapping[str, Any]
+
+# What an entry takes besides its token ids: the key, the objects around both and their places in the map.
+_ENTRY_BYTES = 300
+_TOKEN_TYPE = "I"  # 32 bits: no vocabulary is larger
+
+
+class ChatCodec(Protocol):
+    """What of a tokenizer is needed here; see `TextCodec`."""
+
+    def encode(self, text: str, /, add_special_tokens: bool = True) -> list[int]:
+        """Text to token ids."""
+        ...
+
+    def render_chat(self, messages: Messages, /, variables: Variables | None = None) -> str:
+        """The prompt that the chat template makes."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PromptCacheLimits:
+    """Bounds of the cache.
+
+    Attributes:
+        max_entries: most entries; 0 keeps nothing.
+        max_bytes: most memory, keys and overhead included; an entry above an eighth of it is not kept.
+
+    Raises:
+        ConfigurationError: one is no integer from 0.
+    """
+
+    max_entries: int = 4096
+    max_bytes: int = 32 * 2**20
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not int or value < 0:
+                raise ConfigurationError(f"{field.name} is {value!r}; it must be an integer from 0", field.name)
+
+
+class PromptCacheStatistics(NamedTuple):
+    """Counts since the start, and what is held now."""
+
+    hits: int
+    misses: int
+    evicted: int
+    entries: int
+    bytes: int
+
+
+class PromptCache:
+    """The LRU by itself: values by exact key."""
+
+    def __init__(self, limits: PromptCacheLimits | None = None) -> None:
+        self.limits = limits or PromptCacheLimits()
+        self._lock = threading.Lock()
+        self._held: OrderedDict[bytes, Value] = OrderedDict()
+        self._bytes = self._hits = self._misses = self._evicted = 0
+
+    def get(self, key: bytes) -> Value | None:
+        """What is held under a key; counts as a hit or a miss."""
+        with self._lock:
+            value = self._held.get(key)
+            if value is None:
+                self._misses += 1
+            else:
+                self._hits += 1
+                self._held.move_to_end(key)
+            return value
+
+    def put(self, key: bytes, value: Value) -> None:
+        """Keeps a value, unless it is too large; the least recently used make room."""
+        nbytes = _nbytes(value)
+        with self._lock:
+            if nbytes * 8 > self.limits.max_bytes or key in self._held:
+                return
+            self._held[key] = value
+            self._bytes += nbytes
+            while len(self._held) > self.limits.max_entries or self._bytes > self.limits.max_bytes:
+                _, oldest = self._held.popitem(last=False)
+                self._bytes -= _nbytes(oldest)
+                self._evicted += 1
+
+    def statistics(self) -> PromptCacheStatistics:
+        """See `PromptCacheStatistics`."""
+        with self._lock:
+            held = len(self._held), self._bytes
+            return PromptCacheStatistics(self._hits, self._misses, self._evicted, *held)
+
+
+class ChatPrompts:
+    """Chats as token ids, through a cache that belongs to one codec.
+
+    Args:
+        reads_clock: whether the chat template asks for the time; see the module.
+    """
+
+    def __init__(self, codec: ChatCodec, cache: PromptCache | None = None, reads_clock: bool = False) -> None:
+        self._codec = codec
+        self._reads_clock = reads_clock
+        self.cache = cache or PromptCache()
+
+    def token_ids(
+        self, messages: Messages, variables: Variables | None = None, max_chars: int = sys.maxsize
+    ) -> Sequence[int] | None:
+        """The token ids of a chat; None where its text is longer than `max_chars`, and then not tokenized.
+
+        Raises:
+            InvalidRequestError: the template refuses the messages.
+        """
+        if self._reads_clock:
+            text = self._render(messages, variables)
+            return self._ids(_digest(b"r", _utf8(text)), lambda: text, max_chars)
+        return self._ids(_chat_key(messages, variables), lambda: self._render(messages, variables), max_chars)
+
+    def text_tokens(self, text: str) -> int:
+        """How many tokens a text has by itself, without special ones."""
+        key = _digest(b"t", _utf8(text))
+        found = self.cache.get(key)
+        if not isinstance(found, int):
+            found = len(self._codec.encode(text, add_special_tokens=False))
+            self.cache.put(key, found)
+        return found
+
+    def _ids(self, key: bytes | None, render: Callable[[], str], max_chars: int) -> array[int] | None:
+        found = None if key is None else self.cache.get(key)
+        if isinstance(found, array):
+            return found
+        text = render()
+        if len(text) > max_chars:
+            return None
+        # A template writes its special tokens itself.
+        ids = array(_TOKEN_TYPE, self._codec.encode(text, add_special_tokens=False))
+        if key is not None:
+            self.cache.put(key, ids)
+        return ids
+
+    def _render(self, messages: Messages, variables: Variables | None) -> str:
+        return self._codec.render_chat(messages, variables) if variables else self._codec.render_chat(messages)
+
+
+def _chat_key(messages: Messages, variables: Variables | None) -> bytes | None:
+    """None where it cannot be written exactly; then nothing is remembered."""
+    try:
+        return _digest(b"c", orjson.dumps([list(messages), variables or None]))
+    except TypeError:
+        return None
+
+
+def _digest(kind: bytes, data: bytes) -> bytes:
+    return hashlib.sha256(kind + data).digest()
+
+
+def _utf8(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _nbytes(value: Value) -> int:
+    return _ENTRY_BYTES + (len(value) * value.itemsize if isinstance(value, array) else 0)
