@@ -27,11 +27,13 @@ from ..runtime.caching import (
     Serving,
 )
 from ..runtime.errors import UnavailableError
+from ..runtime.generation.stopping import StoppingBackend
 from ..runtime.model.tokenizer import Tokenizer
 from ..runtime.requests import GenerateAnswer, GenerateRequest, InferAnswer, InferRequest, ModelInfo
 from ..runtime.router.client import RouterClient
 from .api.app import create_app
 from .api.context import ApiSettings
+from .api.prompt_cache import ChatPrompts, PromptCache, PromptCacheLimits
 from .metrics import GatewayMetrics
 from .metrics_page import render
 from .replica import LinkConfig, LiveSettings, describe_all, identity, make_pool
@@ -57,6 +59,7 @@ class GatewayConfig:
     second_level: RedisLimits | None = None
     share_tenants: bool = False
     prefetch: PrefetchLimits = field(default_factory=PrefetchLimits)
+    prompt_cache: PromptCacheLimits = field(default_factory=PromptCacheLimits)
 
 
 class GatewayReplica:
@@ -68,6 +71,7 @@ class GatewayReplica:
         self.settings = config.api
         self.created_s = int(time.time())
         self.tokenizer = Tokenizer.load(Path(config.folder))
+        self.prompts = None if self.tokenizer is None else _prompts(self.tokenizer, config.prompt_cache)
         self._router_handle = router_handle
         self._group_handles = group_handles
         self._groups = config.groups
@@ -75,7 +79,7 @@ class GatewayReplica:
         self._pool = make_pool("router", router_handle, links)
         self._second = None if config.second_level is None else RedisLevel(config.second_level)
         self._cache = CachedBackend(
-            RouterClient(self._pool),
+            StoppingBackend(RouterClient(self._pool), self.tokenizer),
             ResultCache(config.cache),
             self._second,
             Serving(_tokenizer_digest(Path(config.folder)), tuple(experts for _, experts in config.groups)),
@@ -185,6 +189,7 @@ class GatewayReplica:
                 "prefetch": self._prefetcher.statistics()._asdict(),
             },
             "routers": self._pool.statistics()._asdict(),
+            "prompts": None if self.prompts is None else self.prompts.cache.statistics()._asdict(),
             "requests": self._metrics.snapshot(),
             "refused_settings": self._live.refused,
         }
@@ -225,6 +230,10 @@ def _plain(statistics: CachedStatistics) -> dict[str, Any]:
         "superseded": statistics.superseded,
         "second": None if second is None else second._asdict(),
     }
+
+
+def _prompts(tokenizer: Tokenizer, limits: PromptCacheLimits) -> ChatPrompts:
+    return ChatPrompts(tokenizer, PromptCache(limits), tokenizer.chat_reads_clock)
 
 
 def _tokenizer_digest(folder: Path) -> str:

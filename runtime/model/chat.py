@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.meta
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import CallBlock, Node
 from jinja2.parser import Parser
@@ -20,6 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..errors import CheckpointError, InvalidRequestError
 
+_END_OF_CONTENT = "\ue000end of content\ue000 "
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -31,16 +33,25 @@ class ChatTemplate:
         special_tokens: such as `bos_token`, which templates refer to by name.
         origin: where the template came from, for errors.
 
+    Attributes:
+        source: the template's text.
+        reads: the variables that it refers to, such as `messages`, `tools` or `enable_thinking`.
+
     Raises:
         CheckpointError: the template is no valid Jinja.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], origin: str) -> None:
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment.from_string(source)
+            self.reads = frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
         except jinja2.TemplateSyntaxError as error:
             raise CheckpointError(f"{origin}: the chat template is no valid Jinja ({error})") from error
+        self.source = source
         self._special_tokens = dict(special_tokens)
+        # Whether the same messages may make another prompt tomorrow.
+        self.reads_clock = "strftime_now" in source
 
     def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> str:
         """The prompt, up to where the model's answer begins.
@@ -59,6 +70,31 @@ class ChatTemplate:
             return self._template.render(names)
         except Exception as error:  # a template can fail in any way on messages that it did not expect
             raise InvalidRequestError(f"the chat template refused the messages: {error}", "messages") from error
+
+    def render_unfinished(
+        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None
+    ) -> str:
+        """The prompt up to the end of the last message's `content`, for the model to go on in the middle of it.
+
+        The end is found by a mark behind the content, as `transformers.apply_chat_template` does it.
+
+        Args:
+            messages, variables: as in `render`.
+
+        Raises:
+            InvalidRequestError: the template refuses the messages, or does not show the end of the last one.
+        """
+        *before, last = messages
+        marked = {**last, "content": last["content"] + _END_OF_CONTENT}
+        text = self.render([*before, marked], {"add_generation_prompt": False, **(variables or {})})
+        at = text.rfind(_END_OF_CONTENT.strip())
+        if at < 0:
+            raise InvalidRequestError(
+                "the chat template does not show the end of the last message, so that it cannot be continued",
+                "continue_final_message",
+            )
+        # Without the mark's own space behind it the template trims its messages: so it would the content's.
+        return text[:at] if text.startswith(_END_OF_CONTENT, at) else text[:at].rstrip()
 
 
 def load_chat_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> ChatTemplate | None:

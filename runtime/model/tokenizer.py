@@ -21,12 +21,16 @@ class Tokenizer:
         backend: from `tokenizer.json`.
         byte_level: whether its tokens spell bytes in GPT-2's alphabet.
         template: for conversations.
+
+    Attributes:
+        special_token_ids: tokens that give no text.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, byte_level: bool, template: ChatTemplate | None) -> None:
         self._backend = backend
         self._template = template
-        self._special = {id for id, token in backend.get_added_tokens_decoder().items() if token.special}
+        added = backend.get_added_tokens_decoder()
+        self.special_token_ids = frozenset(id for id, token in added.items() if token.special)
         self._alphabet = byte_alphabet()
         self._byte_level = byte_level
 
@@ -57,15 +61,40 @@ class Tokenizer:
         """Number of tokens, special and added ones included."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def chat_template(self) -> str:
+        """The text of the chat template; empty where there is none."""
+        return "" if self._template is None else self._template.source
+
+    @property
+    def chat_variables(self) -> frozenset[str]:
+        """The variables that the chat template reads."""
+        return frozenset() if self._template is None else self._template.reads
+
+    def token_id(self, piece: str, /) -> int | None:
+        """The token of that name, such as "<|im_end|>"; None where there is none."""
+        return self._backend.token_to_id(piece)
+
+    def token_piece(self, token_id: int, /) -> str:
+        """A token as the vocabulary spells it, such as "Ġworld"; empty for an unknown id."""
+        return self._backend.id_to_token(token_id) or ""
+
+    @property
+    def chat_reads_clock(self) -> bool:
+        """Whether the chat template asks for the time, so that a rendered chat must not be kept."""
+        return self._template is not None and self._template.reads_clock
+
     def encode(self, text: str, /, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Pass `add_special_tokens=False` for what `render_chat` made: a template writes its
         special tokens itself."""
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
-    def decode(self, token_ids: Sequence[int], /) -> str:
-        """The text of token ids, always equal to what `incremental` gives piece by piece. Special tokens and
-        unknown ids give no text; bytes that are no character give U+FFFD."""
-        text = self._backend.decode(list(token_ids), skip_special_tokens=True)
+    def decode(self, token_ids: Sequence[int], /, skip_special_tokens: bool = True) -> str:
+        """The text of token ids, equal to what `incremental` gives piece by piece. Special tokens give no text, or
+        their names; unknown ids give no text; bytes that are no character give U+FFFD."""
+        text = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        if not skip_special_tokens:
+            return text
         if REPLACEMENT in text and not self._byte_level:
             # The library turns a whole run of byte tokens into U+FFFD for one bad byte; streaming cannot take back
             # the good characters before it.
@@ -103,18 +132,31 @@ class Tokenizer:
         Raises:
             InvalidRequestError: there is no template, or it refuses these messages.
         """
+        return self._chat().render(messages, variables)
+
+    def render_unfinished_chat(
+        self, messages: Sequence[Mapping[str, Any]], /, variables: Mapping[str, Any] | None = None
+    ) -> str:
+        """As `render_chat`, up to the end of the last message's `content`, which the model is to go on with.
+
+        Raises:
+            InvalidRequestError: as `render_chat`, and where the end of the last message is not to be seen.
+        """
+        return self._chat().render_unfinished(messages, variables)
+
+    def _chat(self) -> ChatTemplate:
         if self._template is None:
             raise InvalidRequestError(
                 "this model has no chat template; send a prompt instead of messages", "messages"
             )
-        return self._template.render(messages, variables)
+        return self._template
 
     def _has_text(self, token_id: int) -> bool:
-        return token_id not in self._special and self._backend.id_to_token(token_id) is not None
+        return token_id not in self.special_token_ids and self._backend.id_to_token(token_id) is not None
 
     def _token_bytes(self, token_id: int) -> bytes:
         token = self._backend.id_to_token(token_id)
-        if token is None or token_id in self._special:
+        if token is None or token_id in self.special_token_ids:
             return b""
         try:
             return bytes(self._alphabet[character] for character in token)
