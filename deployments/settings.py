@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -19,10 +21,12 @@ from ..runtime.batching.limits import Order
 from ..runtime.caching import CacheLimits, PrefetchLimits, RedisLevel, RedisLimits
 from ..runtime.embedded import CHECKPOINT
 from ..runtime.errors import ConfigurationError
-from ..runtime.generation.scheduler import EngineLimits
+from ..runtime.generation.limits import EngineLimits
 from ..runtime.links import LinkLimits
 from ..runtime.router.limits import RouterLimits
 from .api.context import ApiSettings
+from .api.modes import MODE_NAMES, Mode, Modes
+from .api.prompt_cache import PromptCacheLimits
 
 EMBEDDED_MODEL_NAME = "pimoe-embedded"
 
@@ -131,9 +135,12 @@ class EngineSettings(_Section):
     """See `EngineLimits`."""
 
     max_sequences: int = 32
-    max_step_tokens: int = 2048
+    max_step_tokens: int = 512
     max_context_tokens: int | None = None
-    max_kv_tokens: int | None = None
+    block_tokens: int = 16
+    kv_blocks: int | None = None
+    kv_memory_fraction: float = 0.25
+    reuse_prefixes: bool = True
     drain_s: float = 20.0
 
     def to_limits(self) -> EngineLimits:
@@ -226,11 +233,45 @@ class CacheSettings(_Section):
         return limits
 
 
+class PromptCacheSettings(_Section):
+    """See `PromptCacheLimits`."""
+
+    max_entries: int = 4096
+    max_bytes: int = 32 * 2**20
+
+    def to_limits(self) -> PromptCacheLimits:
+        """The HTTP layer's limits."""
+        return PromptCacheLimits(**self.model_dump())
+
+
+class ModesSettings(_Section):
+    """What shall differ from the presets of each mode: see `Mode` and the table in `api/modes.py`."""
+
+    accuracy: dict[str, bool | int | float] = Field(default_factory=dict)
+    speed: dict[str, bool | int | float] = Field(default_factory=dict)
+    ultra: dict[str, bool | int | float] = Field(default_factory=dict)
+
+    def to_modes(self) -> Modes:
+        """The presets.
+
+        Raises:
+            ConfigurationError: an unknown setting of a mode, or a wrong one.
+        """
+        known = Modes()
+        return Modes(**{name: self._mode(name, known.named(name)) for name in MODE_NAMES})
+
+    def _mode(self, name: str, preset: Mode) -> Mode:
+        return _made(partial(replace, preset), f"gateway.modes.{name}", getattr(self, name))
+
+
 class GatewaySettings(ReplicaSettings):
-    """The gateway's replicas, its cache, and the limits of requests (see `ApiSettings`)."""
+    """The gateway's replicas, its caches, its modes, and the limits of requests (see `ApiSettings`; its
+    `default_mode` is the mode of requests that name none)."""
 
     cache: CacheSettings = Field(default_factory=CacheSettings)
-    api: dict[str, float | int] = Field(default_factory=dict)
+    prompt_cache: PromptCacheSettings = Field(default_factory=PromptCacheSettings)
+    modes: ModesSettings = Field(default_factory=ModesSettings)
+    api: dict[str, float | int | str | None] = Field(default_factory=dict)
 
     def to_api(self) -> ApiSettings:
         """The HTTP layer's settings.
@@ -238,7 +279,9 @@ class GatewaySettings(ReplicaSettings):
         Raises:
             ConfigurationError: an unknown setting, or a wrong one.
         """
-        return _made(ApiSettings, "gateway.api", self.api)
+        if "modes" in self.api:
+            raise ConfigurationError("gateway.api.modes: the modes are the section gateway.modes", "gateway.api")
+        return _made(partial(ApiSettings, modes=self.modes.to_modes()), "gateway.api", self.api)
 
 
 class AppSettings(_Section):
@@ -271,6 +314,7 @@ class AppSettings(_Section):
         self.links.to_limits()
         self.router.to_limits()
         self.gateway.to_api()
+        self.gateway.prompt_cache.to_limits()
         self.gateway.cache.to_limits()
         self.gateway.cache.to_second_level()
         self.gateway.cache.to_prefetch()

@@ -18,7 +18,7 @@ from pimoe.runtime.errors import PimoeError
 from pimoe.runtime.experts.client import LocalGroup
 from pimoe.runtime.experts.group import ExpertGroup
 from pimoe.runtime.generation.engine import Engine
-from pimoe.runtime.generation.scheduler import EngineLimits
+from pimoe.runtime.generation.limits import EngineLimits
 from pimoe.runtime.model.checkpoint import Checkpoint
 from pimoe.runtime.model.families import read_spec
 from pimoe.runtime.model.loading import Trunk, load_trunk
@@ -197,7 +197,7 @@ async def alone(folder: Path, asked: GenerateRequest) -> Answer:
 
 
 def at_rest(engine: Engine) -> bool:
-    """Whether nothing runs, nothing waits, and every slot of the cache is free."""
+    """Whether nothing runs, nothing waits, and no block of the cache is held."""
     statistics = engine.statistics()
-    free = engine.cache.free_slots == engine.limits.max_sequences
-    return not statistics.running and not statistics.queue.items and free
+    quiet = not statistics.running and not statistics.preempted and not statistics.queue.items
+    return quiet and not statistics.kv_blocks.held

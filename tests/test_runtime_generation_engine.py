@@ -98,7 +98,7 @@ class Reader:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"max_step_tokens": 5}, {"max_sequences": 2}, {"max_kv_tokens": 200}, {"groups": 3}],
+    [{}, {"max_step_tokens": 5}, {"max_sequences": 2}, {"kv_blocks": 12}, {"groups": 3}],
     ids=["all at once", "prompts in chunks", "two at a time", "little memory", "three groups"],
 )
 async def test_64_greedy_tokens_are_the_same_alone_and_among_others(
@@ -152,7 +152,9 @@ async def test_prompts_are_counted_as_prefill_and_tokens_as_decode(start: StartE
     assert statistics.decode_tokens == 2 * 5
     assert statistics.steps == 6
     assert statistics.step_s > 0
-    assert statistics.kv_bytes == engine.cache.bytes > 0
+    blocks = statistics.kv_blocks
+    assert (blocks.held, blocks.kept) == (0, 0), "no block was filled"
+    assert blocks.free == blocks.total == engine.cache.num_blocks
 
 
 async def test_no_more_run_at_once_than_there_are_slots(start: StartEngine) -> None:
@@ -168,17 +170,18 @@ async def test_no_more_run_at_once_than_there_are_slots(start: StartEngine) -> N
     assert max(running) == 2
 
 
-async def test_no_more_memory_is_promised_than_there_is(start: StartEngine) -> None:
-    engine = start(max_kv_tokens=30)
-    reserved = []
+async def test_no_more_blocks_are_used_than_there_are(start: StartEngine) -> None:
+    engine = start(kv_blocks=8, block_tokens=4)
+    held = []
 
     async def watch(asked: GenerateRequest) -> None:
         async for _ in engine.generate(asked):
-            reserved.append(sum(sequence.reserved_tokens for sequence in engine._running))
+            held.append(engine.statistics().kv_blocks.held)
 
     await asyncio.gather(*(watch(request(prompt_of(n), 8)) for n in (20, 4, 3, 12, 2)))
-    assert len(reserved) == 40
-    assert 20 < max(reserved) <= 30
+    assert len(held) == 40
+    assert 5 < max(held) <= 8
+    assert engine.statistics().preemptions
 
 
 # Where a generation ends.
@@ -276,9 +279,9 @@ async def test_what_can_never_run_is_refused_at_once(
     assert len((await read(engine.generate(request(prompt_of(250), 6)))).tokens) == 6, "the context can be filled"
 
 
-@pytest.mark.parametrize("limit", ["max_context_tokens", "max_kv_tokens"])
-async def test_limits_shorten_the_context(start: StartEngine, limit: str) -> None:
-    engine = start(**{limit: 20})
+@pytest.mark.parametrize("limits", [{"max_context_tokens": 20}, {"kv_blocks": 5, "block_tokens": 4}])
+async def test_limits_shorten_the_context(start: StartEngine, limits: dict[str, int]) -> None:
+    engine = start(**limits)
     assert engine.max_context_tokens == 20
     assert (await read(engine.generate(request(prompt_of(15), 5)))).reason == "length"
     with pytest.raises(ContextLengthError, match="15 tokens and max_tokens 6 exceed the context of 20"):
@@ -326,7 +329,7 @@ async def test_a_slot_is_not_reused_while_a_step_computes_with_it(folder: Path, 
     await leaving.leave()
     newcomer = Reader(engine, request(RAGGED[4], 6))
     await eventually(lambda: engine.statistics().queue.items == 1)
-    assert engine.cache.free_slots == 0
+    assert engine.statistics().running == 2
     group.gate.set()
     for reader, prompt in ((staying, RAGGED[0]), (newcomer, RAGGED[4])):
         assert (await reader.task).tokens == (await alone(folder, request(prompt, 6))).tokens
@@ -625,7 +628,7 @@ async def visit(engine: Engine, visitor: Visitor) -> tuple[Answer, bool]:
     everyone=st.lists(visitors(), min_size=1, max_size=10),
     max_sequences=st.integers(1, 4),
     max_step_tokens=st.integers(1, 30),
-    max_kv_tokens=st.sampled_from([None, 40]),
+    kv_blocks=st.sampled_from([None, 9, 10]),
     fail_at_call=st.one_of(st.none(), st.integers(1, 40)),
 )
 def test_every_request_ends_once_with_its_own_tokens_and_every_slot_returns(
@@ -633,12 +636,16 @@ def test_every_request_ends_once_with_its_own_tokens_and_every_slot_returns(
     everyone: list[Visitor],
     max_sequences: int,
     max_step_tokens: int,
-    max_kv_tokens: int | None,
+    kv_blocks: int | None,
     fail_at_call: int | None,
 ) -> None:
     async def scenario() -> None:
         engine = make_engine(
-            folder, max_sequences=max_sequences, max_step_tokens=max_step_tokens, max_kv_tokens=max_kv_tokens
+            folder,
+            max_sequences=max_sequences,
+            max_step_tokens=max_step_tokens,
+            kv_blocks=kv_blocks,
+            block_tokens=4,
         )
         (group,) = controlled(engine)
         forward = group.run

@@ -1,135 +1,154 @@
-"""The KV cache and the plan of a forward: slots, growth, isolation, and which positions each row sees."""
+"""The paged KV cache and the plan of a step: what is written where, and what is read by whom."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from pimoe.runtime.errors import ContextLengthError, OverloadedError
-from pimoe.runtime.model.kv_cache import KVCache, SlotView
-from pimoe.runtime.model.step import ForwardBatch, Segment, plan_step, select_slots
+from pimoe.runtime.model.kv_cache import NULL_BLOCK, BlockRead, KVCache, KVLayout
+from pimoe.runtime.model.step import ForwardBatch, Segment, Step, plan_step
+from torch import Tensor
 
 CPU = torch.device("cpu")
+LAYOUT = KVLayout(num_layers=2, num_kv_heads=3, key_dim=4, value_dim=4)
+BLOCK = 4
 
 
-def new_cache(max_sequences: int = 8, max_tokens: int = 1000) -> KVCache:
-    return KVCache(2, 3, 4, max_sequences, max_tokens, torch.float32, CPU)
+def new_cache(num_blocks: int = 12, layout: KVLayout = LAYOUT) -> KVCache:
+    return KVCache(layout, num_blocks, BLOCK, torch.float32, CPU)
 
 
-def write(cache: KVCache, slot: int, tokens: int, value: float) -> None:
-    """Fills positions 0 to `tokens` of all layers, negated in the values."""
-    cache.prepare([(slot, tokens)])
-    for layer in range(2):
-        keys = torch.full((tokens, 3, 4), value)
-        cache.append(layer, torch.full((tokens,), slot), torch.arange(tokens), keys, -keys)
+def random_rows(count: int, dim: int = 4) -> Tensor:
+    return torch.randn(count, 3, dim, generator=torch.Generator().manual_seed(count))
 
 
-def test_slots_are_handed_out_lowest_first_and_come_back() -> None:
-    cache = new_cache(3)
-    assert [cache.allocate() for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(OverloadedError, match="all 3 sequence slots"):
-        cache.allocate()
-    cache.free(1)
-    cache.free(0)
-    assert cache.free_slots == 2
-    assert cache.allocate() == 0
-    with pytest.raises(KeyError):
-        cache.free(1)
+def rows_of(blocks: list[int], count: int) -> Tensor:
+    return torch.tensor([blocks[i // BLOCK] * BLOCK + i % BLOCK for i in range(count)])
 
 
-def test_growth_keeps_what_was_written_and_stays_within_limits() -> None:
-    cache = new_cache(max_sequences=8, max_tokens=1000)
-    first = cache.bytes
-    write(cache, cache.allocate(), 50, 1.0)
-    assert cache.bytes == first
-    for _ in range(7):
-        cache.allocate()
-    write(cache, 7, 990, 2.0)
-    assert cache.bytes == 2 * 2 * 8 * 3 * 990 * 4 * 4
-    assert cache.bytes_per_token == 2 * 2 * 3 * 4 * 4
-    for layer in range(2):
-        keys, values = cache.read(layer, SlotView(0, 8), 0, 60)
-        assert keys.shape == (8, 3, 60, 4)
-        assert (keys[0, :, :50] == 1).all()
-        assert (keys[0, :, 50:] == 0).all()
-        assert (values[7] == -2).all()
-    with pytest.raises(ContextLengthError, match="1001 tokens; the KV cache holds 1000"):
-        cache.prepare([(0, 1001)])
-
-
-def test_reading_a_range_copies_nothing_and_an_index_selects() -> None:
-    cache = new_cache(4)
-    for value in range(4):
-        write(cache, cache.allocate(), 6, float(value))
-    whole, _ = cache.read(1, SlotView(0, 4), 0, 6)
-    part, _ = cache.read(1, SlotView(1, 3), 2, 6)
-    assert part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
-    assert part[:, 0, 0, 0].tolist() == [1, 2]
-    chosen, values = cache.read(1, SlotView(0, 4, torch.tensor([0, 3])), 0, 6)
-    assert chosen[:, 0, 0, 0].tolist() == [0, 3]
-    assert values.shape == (2, 3, 6, 4)
-
-
-def test_a_freed_slot_leaves_nothing_to_its_next_sequence() -> None:
+@pytest.mark.parametrize("blocks", [[3, 4, 5], [7, 2, 9]], ids=["in a row", "anywhere"])
+def test_what_is_written_is_read_in_order(blocks: list[int]) -> None:
     cache = new_cache()
-    slot = cache.allocate()
-    write(cache, slot, 40, float("nan"))
-    cache.free(slot)
-    assert cache.allocate() == slot
-    keys, values = cache.read(0, SlotView(slot, slot + 1), 0, 64)
-    assert not keys.isnan().any()
-    assert not values.isnan().any()
+    keys, values = random_rows(10), random_rows(10) + 1
+    cache.append(1, rows_of(blocks, 10), keys, values)
+    in_a_row = blocks == [3, 4, 5]
+    read = BlockRead(1, 3, 10, None if in_a_row else torch.tensor(blocks), blocks[0])
+    got_keys, got_values = cache.read(1, read)
+    assert got_keys.shape == got_values.shape == (1, 3, 10, 4)
+    assert torch.equal(got_keys[0].transpose(0, 1), keys)
+    assert torch.equal(got_values[0].transpose(0, 1), values)
+    assert not cache.read(0, read)[0].any(), "layers are apart"
 
 
-def covered_slots(view: SlotView) -> list[int]:
-    return list(range(view.first, view.stop)) if view.index is None else view.index.tolist()
+def test_several_sequences_are_read_side_by_side() -> None:
+    cache = new_cache()
+    first, second = random_rows(8), random_rows(3)
+    cache.append(0, rows_of([5, 1], 8), first, first)
+    cache.append(0, rows_of([6], 3), second, second)
+    keys, values = cache.read(0, BlockRead(2, 2, 8, torch.tensor([5, 1, 6, NULL_BLOCK])))
+    assert torch.equal(keys[0].transpose(0, 1), first)
+    assert torch.equal(values[1, :, :3].transpose(0, 1), second)
+    assert not keys[1, :, 3:].any(), "the null block fills up"
 
 
-@given(st.sets(st.integers(0, 40), min_size=1))
-def test_a_view_of_slots_holds_each_and_wastes_at_most_half(chosen: set[int]) -> None:
-    slots = sorted(chosen)
-    view, places = select_slots(slots, CPU)
-    covered = covered_slots(view)
-    assert view.count == len(covered) <= 2 * len(slots)
-    found = covered[: len(slots)] if places is None else [covered[place] for place in places.tolist()]
-    assert found == slots
+def test_keys_may_hold_the_values() -> None:
+    cache = new_cache(layout=KVLayout(1, 3, 6, 0))
+    keys = random_rows(5, 6)
+    cache.append(0, rows_of([2, 3], 5), keys, None)
+    got, values = cache.read(0, BlockRead(1, 2, 5, None, 2))
+    assert torch.equal(got[0].transpose(0, 1), keys)
+    assert values is got
 
 
-segments = st.lists(
-    st.tuples(st.integers(0, 30), st.one_of(st.just(1), st.integers(1, 12))), min_size=1, max_size=6
-).flatmap(
-    lambda parts: st.permutations(range(10)).map(
-        lambda slots: tuple(Segment(slot, *part) for slot, part in zip(slots, parts, strict=False))
+def test_cleared_blocks_hold_nothing_and_others_keep_theirs() -> None:
+    cache = new_cache()
+    for layer in (0, 1):
+        cache.append(layer, rows_of([2, 3], 8), torch.full((8, 3, 4), torch.nan), random_rows(8))
+    cache.clear([3])
+    cache.clear([])
+    for layer in (0, 1):
+        keys, values = cache.read(layer, BlockRead(1, 2, 8, None, 2))
+        assert keys[:, :, :4].isnan().all()
+        assert not keys[:, :, 4:].any()
+        assert not values[:, :, 4:].any()
+
+
+def test_bytes_are_those_of_the_blocks() -> None:
+    cache = new_cache(5)
+    assert cache.bytes_per_block == 2 * BLOCK * 3 * 8 * 4
+    assert cache.bytes == 6 * cache.bytes_per_block
+
+
+def plan(segments: tuple[Segment, ...], window: int | None = None) -> Step:
+    total = sum(segment.count for segment in segments)
+    return plan_step(
+        ForwardBatch(torch.zeros(total, dtype=torch.int64), segments), BLOCK, {window}, torch.float32, CPU
     )
-)
 
 
-@given(segments, st.sampled_from([None, 1, 4, 11]))
-def test_every_row_sees_exactly_its_own_past(parts: tuple[Segment, ...], window: int | None) -> None:
-    total = sum(part.count for part in parts)
-    step = plan_step(ForwardBatch(torch.zeros(total, dtype=torch.int64), parts), {window}, torch.float32, CPU)
-    expected = [(part.slot, part.start + i) for part in parts for i in range(part.count)]
-    assert list(zip(step.slots.tolist(), step.positions.tolist(), strict=True)) == expected
-    assert step.length == max(part.end for part in parts)
-    reads, rows = step.reads[window], torch.arange(total)
-    seen: dict[int, tuple[int, set[int]]] = {}  # row -> slot, positions
-    if reads.decode is not None:
-        read = reads.decode
-        covered = covered_slots(read.slots)
-        width = read.length - read.first
-        mask = torch.zeros(len(covered), width) if read.mask is None else read.mask[:, 0, 0]
-        assert (mask == 0).any(1).all(), "a row that sees nothing has no finite softmax"
-        for index, row in enumerate(rows[read.rows].tolist()):
-            place = index if read.places is None else int(read.places[index])
-            visible = {read.first + i for i in range(width) if mask[place, i] == 0}
-            seen[row] = (covered[place], visible)
-    for prefill in reads.prefill:
-        width = prefill.length - prefill.first
-        causal = torch.ones(width, width).tril() if prefill.causal else None
-        for index, row in enumerate(rows[prefill.rows].tolist()):
-            line = causal[index] == 1 if causal is not None else prefill.mask[index] == 0  # type: ignore[index]
-            seen[row] = (prefill.slots.first, {prefill.first + i for i in range(width) if line[i]})
-    for row, (slot, position) in enumerate(expected):
-        first = 0 if window is None else max(0, position + 1 - window)
-        assert seen[row] == (slot, set(range(first, position + 1)))
+def test_new_tokens_go_where_their_sequences_blocks_are() -> None:
+    step = plan((Segment([7, 2, 5], 3, 6), Segment([4], 0, 2), Segment([1, 9], 4, 1)))
+    assert step.positions.tolist() == [3, 4, 5, 6, 7, 8, 0, 1, 4]
+    assert step.cache_rows.tolist() == [31, 8, 9, 10, 11, 20, 16, 17, 36]
+    assert step.output_rows.tolist() == [5, 7, 8]
+    assert step.length == 9
+
+
+@pytest.mark.parametrize("segments", [(), (Segment([1], 0, 0),), (Segment([1], 0, 2), Segment([2], 0, 3))])
+def test_segments_must_add_up(segments: tuple[Segment, ...]) -> None:
+    with pytest.raises(ValueError, match="cannot make segments"):
+        ForwardBatch(torch.zeros(4, dtype=torch.int64), segments)
+
+
+def visible(step: Step, window: int | None, tables: list[list[int]]) -> dict[int, list[tuple[int, int]]]:
+    """By row of the batch, the (block, place) pairs that its decode read sees."""
+    seen = {}
+    for read in step.reads[window].decode:
+        rows = list(range(100))[read.rows] if isinstance(read.rows, slice) else read.rows.tolist()
+        index = read.read.index
+        ids = list(range(read.read.first, read.read.first + read.read.blocks)) if index is None else index.tolist()
+        for sequence, row in enumerate(rows):
+            own = ids[sequence * read.read.blocks : (sequence + 1) * read.read.blocks]
+            places = [(block, place) for block in own for place in range(BLOCK)][: read.read.length]
+            hidden = torch.zeros(len(places)) if read.mask is None else read.mask[sequence, 0, 0]
+            seen[row] = [place for place, value in zip(places, hidden.tolist(), strict=True) if value == 0]
+    return seen
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 6, 100])
+def test_every_decoding_sequence_sees_its_own_tokens_within_the_window(window: int | None) -> None:
+    tables = [[block, block + 20, block + 40, block + 60, block + 80, block + 100] for block in range(1, 9)]
+    ends = [1, 4, 5, 9, 24, 13, 2, 17]
+    segments = tuple(Segment(table, end - 1, 1) for table, end in zip(tables, ends, strict=True))
+    seen = visible(plan(segments, window), window, tables)
+    for row, (table, end) in enumerate(zip(tables, ends, strict=True)):
+        first = 0 if window is None else max(0, end - window)
+        assert seen[row] == [(table[i // BLOCK], i % BLOCK) for i in range(first, end)]
+
+
+def test_nobody_reads_more_than_twice_what_it_needs_for_others() -> None:
+    lengths = [1, 16, 17, 40, 100, 101, 400, 399, 3]
+    segments = tuple(Segment(list(range(1, 200)), length - 1, 1) for length in lengths)
+    step = plan(segments)
+    for read in step.reads[None].decode:
+        rows = range(len(lengths))[read.rows] if isinstance(read.rows, slice) else read.rows.tolist()
+        for row in rows:
+            assert read.read.blocks <= 2 * -(-lengths[row] // BLOCK)
+
+
+def test_a_prompt_from_its_beginning_reads_no_cache() -> None:
+    step = plan((Segment([1, 2], 0, 7),))
+    assert step.reads[None].prefill[0].read is None
+    assert step.reads[None].only is step.reads[None].prefill[0]
+    windowed = plan((Segment([1, 2], 0, 7),), 5)
+    mask = windowed.reads[5].prefill[0].mask
+    assert mask is not None
+    assert (mask == 0).sum(1).tolist() == [1, 2, 3, 4, 5, 5, 5]
+
+
+def test_a_later_chunk_sees_what_came_before_and_itself() -> None:
+    step = plan((Segment([5, 6, 9], 6, 4),))
+    (read,) = step.reads[None].prefill
+    assert read.read is not None
+    assert read.read.length == 10
+    assert read.mask is not None
+    assert (read.mask == 0).sum(1).tolist() == [7, 8, 9, 10]

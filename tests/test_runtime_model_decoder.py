@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from checkpoints import FAMILIES, as_old_spelling, make_checkpoint, reference_model
-from pimoe.runtime.errors import ContextLengthError
 from pimoe.runtime.model.checkpoint import Checkpoint
-from pimoe.runtime.model.decoder import Decoder, ForwardBatch, KVCache, Segment
+from pimoe.runtime.model.decoder import Decoder, ForwardBatch, Segment
 from pimoe.runtime.model.families import read_spec
 from pimoe.runtime.model.spec import DecoderSpec
 from pimoe.runtime.routing.strategies import Routing
@@ -104,13 +103,30 @@ def random_tokens(count: int, seed: int = 0, vocab: int = 96) -> list[int]:
     return torch.randint(0, vocab, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+class PagedCache:
+    """A cache for some sequences of some length, whose blocks lie interleaved, or (`in_a_row`) side by side."""
+
+    def __init__(self, model: Model, sequences: int, tokens: int, in_a_row: bool = False) -> None:
+        self.block_tokens = 4
+        blocks = -(-tokens // self.block_tokens)
+        self.cache = model.decoder.new_cache(sequences * blocks, self.block_tokens)
+        ids = torch.arange(1, sequences * blocks + 1)
+        self.tables = (ids.view(sequences, blocks) if in_a_row else ids.view(blocks, sequences).T).tolist()
+        self._next = 0
+
+    def allocate(self) -> int:
+        """The next sequence."""
+        self._next += 1
+        return self._next - 1
+
+
 async def run(
-    model: Model, cache: KVCache, parts: list[tuple[int, int, list[int]]], rows: Tensor | None = None
+    model: Model, cache: PagedCache, parts: list[tuple[int, int, list[int]]], rows: Tensor | None = None
 ) -> Tensor:
     """One forward of (slot, start, new tokens) parts."""
     token_ids = torch.tensor([token for _, _, tokens in parts for token in tokens])
-    segments = tuple(Segment(slot, start, len(tokens)) for slot, start, tokens in parts)
-    return await model.decoder.forward(ForwardBatch(token_ids, segments, rows), cache, model.experts)
+    segments = tuple(Segment(cache.tables[slot], start, len(tokens)) for slot, start, tokens in parts)
+    return await model.decoder.forward(ForwardBatch(token_ids, segments, rows), cache.cache, model.experts)
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
@@ -119,7 +135,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> N
 
 async def test_ragged_prefill_gives_the_reference_logits_of_every_token(model: Model) -> None:
     prompts = [random_tokens(count, seed=count) for count in (13, 1, 30, 2)]
-    cache = model.decoder.new_cache(4, 64)
+    cache = PagedCache(model, 4, 64)
     parts = [(cache.allocate(), 0, prompt) for prompt in prompts]
     rows = torch.arange(sum(map(len, prompts)))
     logits = await run(model, cache, parts, rows)
@@ -131,7 +147,7 @@ async def test_decode_mixed_with_arriving_and_chunked_prefill(model: Model) -> N
     """A life of four sequences: two prefill, decode together; a third arrives during a decode step; a fourth comes
     in chunks while the others decode; every step's last-row logits match the reference on the full sequence."""
     sequences = [random_tokens(count, seed=100 + count) for count in (34, 20, 17, 33)]
-    cache = model.decoder.new_cache(8, 64)
+    cache = PagedCache(model, 8, 64)
     slots = [cache.allocate() for _ in sequences]
     done = [0, 0, 0, 0]
     steps = [
@@ -155,7 +171,7 @@ async def test_decode_mixed_with_arriving_and_chunked_prefill(model: Model) -> N
 
 async def test_sixty_four_greedy_tokens_equal_the_reference(model: Model) -> None:
     prompt = random_tokens(6, seed=7)
-    cache = model.decoder.new_cache(1, 80)
+    cache = PagedCache(model, 1, 80)
     slot, expected, start, new = cache.allocate(), list(prompt), 0, list(prompt)
     generated: list[int] = []
     for _ in range(64):
@@ -176,7 +192,7 @@ async def test_old_config_spelling_and_shards(family: str, rope: dict[str, Any],
     as_old_spelling(folder)
     assert read_spec(Checkpoint(folder)) == new
     model, prompt = load(folder), random_tokens(20)
-    cache = model.decoder.new_cache(1, 32)
+    cache = PagedCache(model, 1, 32)
     logits = await run(model, cache, [(cache.allocate(), 0, prompt)], torch.arange(20))
     assert_close(logits, model.reference(prompt))
 
@@ -189,7 +205,7 @@ async def test_half_precision_stays_near_the_reference(variant: str, dtype: torc
     folder = make_checkpoint(family, tmp_path, dtype=name, initial_std=0.1, **overrides)
     model, exact, tokens = load(folder, dtype), load(folder), random_tokens(24)
     assert model.decoder.dtype is dtype
-    cache = model.decoder.new_cache(1, 32)
+    cache = PagedCache(model, 1, 32)
     slot = cache.allocate()
     logits = [await run(model, cache, [(slot, 0, tokens[:12])], torch.arange(12))]
     logits += [await run(model, cache, [(slot, start, [tokens[start]])]) for start in range(12, 24)]
@@ -200,9 +216,8 @@ async def test_half_precision_stays_near_the_reference(variant: str, dtype: torc
 
 
 @pytest.mark.parametrize("slots", [[0, 1, 2], [2, 0, 1], [0, 2, 3], [7, 0], [3, 7, 5]])
-async def test_decode_of_any_set_of_slots(plain: Model, slots: list[int]) -> None:
-    """Side by side, in another order, with a hole, far apart: four ways of reading the cache."""
-    cache = plain.decoder.new_cache(8, 64)
+async def test_decode_of_any_set_of_sequences(plain: Model, slots: list[int]) -> None:
+    cache = PagedCache(plain, 8, 64)
     for _ in range(8):
         cache.allocate()
     prompts = {slot: random_tokens(5 + 3 * slot, seed=slot) for slot in slots}
@@ -213,18 +228,16 @@ async def test_decode_of_any_set_of_slots(plain: Model, slots: list[int]) -> Non
 
 async def test_output_does_not_depend_on_the_rest_of_the_batch(plain: Model) -> None:
     prompt, others = random_tokens(9, seed=1), [random_tokens(n, seed=n) for n in (3, 21)]
-    cache = plain.decoder.new_cache(3, 64)
+    cache = PagedCache(plain, 3, 64)
     slots = [cache.allocate() for _ in range(3)]
     alone = await run(plain, cache, [(slots[0], 0, prompt)])
-    cache.free(slots[0])
-    slot = cache.allocate()
-    among = await run(plain, cache, [(slots[1], 0, others[0]), (slot, 0, prompt), (slots[2], 0, others[1])])
+    among = await run(plain, cache, [(slots[1], 0, others[0]), (slots[0], 0, prompt), (slots[2], 0, others[1])])
     assert_close(among[1:2], alone, 1e-5)
 
 
 async def test_a_chunk_that_wants_no_logits_skips_the_last_experts(plain: Model) -> None:
     prompt = random_tokens(12, seed=3)
-    cache = plain.decoder.new_cache(1, 32)
+    cache = PagedCache(plain, 1, 32)
     slot = cache.allocate()
     plain.experts.calls.clear()
     logits = await run(plain, cache, [(slot, 0, prompt[:8])], torch.empty(0, dtype=torch.int64))
@@ -238,7 +251,7 @@ async def test_a_chunk_that_wants_no_logits_skips_the_last_experts(plain: Model)
 
 async def test_a_failed_forward_may_be_repeated(plain: Model) -> None:
     prompt = random_tokens(10, seed=4)
-    cache = plain.decoder.new_cache(1, 32)
+    cache = PagedCache(plain, 1, 32)
     slot = cache.allocate()
     await run(plain, cache, [(slot, 0, prompt[:6])])
 
@@ -247,10 +260,10 @@ async def test_a_failed_forward_may_be_repeated(plain: Model) -> None:
             raise ConnectionError("the group died")
         return await plain.experts(layer, hidden, routing)
 
-    batch = ForwardBatch(torch.tensor(prompt[6:]), (Segment(slot, 6, 4),))
+    batch = ForwardBatch(torch.tensor(prompt[6:]), (Segment(cache.tables[slot], 6, 4),))
     with pytest.raises(ConnectionError):
-        await plain.decoder.forward(batch, cache, failing)
-    logits = await plain.decoder.forward(batch, cache, plain.experts)
+        await plain.decoder.forward(batch, cache.cache, failing)
+    logits = await plain.decoder.forward(batch, cache.cache, plain.experts)
     assert_close(logits[0], plain.reference(prompt)[-1])
 
 
@@ -272,9 +285,9 @@ async def test_the_dispatch_starts_before_the_shared_expert_computes(tmp_path: P
         return await model.experts(layer, hidden, routing)
 
     shared.network = recorded  # type: ignore[assignment]
-    cache = model.decoder.new_cache(1, 32)
+    cache = PagedCache(model, 1, 32)
     await model.decoder.forward(
-        ForwardBatch(torch.tensor([1]), (Segment(cache.allocate(), 0, 1),)), cache, experts
+        ForwardBatch(torch.tensor([1]), (Segment(cache.tables[0], 0, 1),)), cache.cache, experts
     )
     assert order[:3] == ["sent", "shared", "answered"]
 
@@ -291,9 +304,9 @@ async def test_cancelling_a_forward_cancels_its_dispatch(tmp_path: Path) -> None
         finally:
             cancelled.set()
 
-    cache = model.decoder.new_cache(1, 32)
-    batch = ForwardBatch(torch.tensor([1]), (Segment(cache.allocate(), 0, 1),))
-    forward = asyncio.ensure_future(model.decoder.forward(batch, cache, experts))
+    cache = PagedCache(model, 1, 32)
+    batch = ForwardBatch(torch.tensor([1]), (Segment(cache.tables[0], 0, 1),))
+    forward = asyncio.ensure_future(model.decoder.forward(batch, cache.cache, experts))
     await sent.wait()
     forward.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -301,37 +314,18 @@ async def test_cancelling_a_forward_cancels_its_dispatch(tmp_path: Path) -> None
     await cancelled.wait()
 
 
-async def test_a_sequence_cannot_outgrow_the_cache(plain: Model) -> None:
-    cache = plain.decoder.new_cache(1, 16)
+@pytest.mark.parametrize("in_a_row", [True, False])
+async def test_blocks_in_a_row_are_read_like_any_others(model: Model, in_a_row: bool) -> None:
+    prompt = random_tokens(30, seed=5)
+    cache = PagedCache(model, 2, 40, in_a_row)
     slot = cache.allocate()
-    with pytest.raises(ContextLengthError, match="17 tokens"):
-        await run(plain, cache, [(slot, 0, random_tokens(17))])
+    for start, stop in ((0, 11), (11, 19), (19, 20), (20, 29), (29, 30)):
+        logits = await run(model, cache, [(slot, start, prompt[start:stop])])
+        assert_close(logits[0], model.reference(prompt[:stop])[-1])
 
 
-def test_only_trunk_tensors_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = Checkpoint(make_checkpoint("qwen2_moe", tmp_path))
-    spec = read_spec(checkpoint)
-    assert isinstance(spec, DecoderSpec)
-    names: list[str] = []
-    read = checkpoint.read
-
-    def recorded(name: str, *args: Any) -> Tensor:
-        names.append(name)
-        return read(name, *args)
-
-    monkeypatch.setattr(checkpoint, "read", recorded)
-    decoder = Decoder.load(checkpoint, spec)
-    assert not [name for name in names if ".experts." in name]
-    assert len(names) == len(set(names))
-    assert decoder.weights_bytes == sum(4 * read(name).numel() for name in names)
-    assert set(decoder.gates) == {0, 1, 2}
-
-
-def test_a_batch_must_add_up() -> None:
-    tokens = torch.zeros(3, dtype=torch.int64)
-    with pytest.raises(ValueError, match="3 tokens"):
-        ForwardBatch(tokens, (Segment(0, 0, 2),))
-    with pytest.raises(ValueError, match="segments of"):
-        ForwardBatch(tokens, (Segment(0, 0, 3), Segment(1, 0, 0)))
-    with pytest.raises(ValueError, match="share a slot"):
-        ForwardBatch(tokens, (Segment(0, 0, 2), Segment(0, 2, 1)))
+async def test_a_sequence_cannot_outgrow_its_blocks(plain: Model) -> None:
+    cache = PagedCache(plain, 1, 16)
+    slot = cache.allocate()
+    with pytest.raises(IndexError):
+        await run(plain, cache, [(slot, 16, random_tokens(1))])

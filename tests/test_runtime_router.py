@@ -23,7 +23,7 @@ from pimoe.runtime.errors import (
     RequestCancelledError,
     UnavailableError,
 )
-from pimoe.runtime.generation.scheduler import EngineLimits
+from pimoe.runtime.generation.limits import EngineLimits
 from pimoe.runtime.model.checkpoint import Checkpoint
 from pimoe.runtime.model.families import read_spec
 from pimoe.runtime.model.layer_model import write_layer_model

@@ -26,23 +26,32 @@ from ..batching import (
 )
 from ..batching.policy import sort_key
 from ..errors import DeadlineExceededError, PimoeError, RequestCancelledError
-from ..model.decoder import Decoder, ForwardBatch, Segment
+from ..model.decoder import Decoder
 from ..requests import GenerateRequest, TokenChunk, TokenLogprob
 from ..routing.dispatch import Dispatcher
+from .block_pool import BlockPool, BlockStatistics
+from .kv_memory import count_blocks, free_bytes
+from .limits import EngineLimits
+from .prompt_scores import note_prompt_logprobs
 from .rules import banned_tokens, check_request, finish_reason
 from .sampler import sample
-from .scheduler import EngineLimits, Generation, StepItem, can_admit, plan_step
+from .scheduler import Generation, Scheduler, StepItem
+from .step_runner import StepRunner
 
 _log = logging.getLogger(__name__)
 
 
 class EngineStatistics(NamedTuple):
-    """The queue, what runs, the KV cache, and since start: steps, tokens prefilled, decoded; seconds of steps. And
-    what was learnt of how long a step takes."""
+    """The queue, what runs and what was preempted, the KV cache (bytes of the blocks in use, and all about them),
+    and since start: preemptions, steps, tokens prefilled, decoded; seconds of steps. And what was learnt of how
+    long a step takes."""
 
     queue: QueueStatistics
     running: int
+    preempted: int
     kv_bytes: int
+    kv_blocks: BlockStatistics
+    preemptions: int
     steps: int
     prefill_tokens: int
     decode_tokens: int
@@ -51,7 +60,7 @@ class EngineStatistics(NamedTuple):
 
     def as_plain(self) -> dict[str, Any]:
         """Plain values for the status page."""
-        return {**self._asdict(), "queue": self.queue._asdict()}
+        return {**self._asdict(), "queue": self.queue._asdict(), "kv_blocks": self.kv_blocks._asdict()}
 
 
 class _Stream:
@@ -60,6 +69,7 @@ class _Stream:
     def __init__(self, request: GenerateRequest) -> None:
         self.request = request
         self.generation: Generation | None = None
+        self.begun = False
         self.chunks: asyncio.Queue[TokenChunk | PimoeError] = asyncio.Queue()
 
     def fail(self, error: PimoeError) -> None:
@@ -83,25 +93,28 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.decoder, self.dispatcher, self.limits, self.batch_limits = decoder, dispatcher, limits, batch_limits
-        bounds = (decoder.spec.max_context_tokens, limits.max_context_tokens, limits.max_kv_tokens)
-        self.max_context_tokens = min(bound for bound in bounds if bound is not None)
+        longest = min(
+            decoder.spec.max_context_tokens, limits.max_context_tokens or decoder.spec.max_context_tokens
+        )
+        blocks = count_blocks(limits, decoder.kv_layout, longest, decoder.dtype, free_bytes(decoder.device))
+        self.max_context_tokens = min(longest, blocks * limits.block_tokens)
         self.queue: PriorityQueue[_Stream] = PriorityQueue(queue_limits)
         self.latency = LatencyModel(limits.max_step_tokens)
         self._overload = OverloadControl(self.queue, lambda item: 1)
         self._held_s = 0.0  # how long sequences lately ran, smoothed
-        self.cache = decoder.new_cache(limits.max_sequences, self.max_context_tokens)
+        self.cache = decoder.new_cache(blocks, limits.block_tokens)
+        self.scheduler = Scheduler(BlockPool(blocks, limits.block_tokens, limits.reuse_prefixes), limits)
+        self.runner = StepRunner(decoder, self.cache, dispatcher, self.latency, clock)
         # A config may name end tokens that its vocabulary lacks.
         vocab = decoder.spec.vocab_size
         self._end_tokens = tuple(token for token in decoder.spec.eos_token_ids if token < vocab)
         self._clock = clock
         self._closing = False
-        self._running: list[Generation] = []
         self._streams: dict[Generation, _Stream] = {}
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
         self._loop_task: asyncio.Task[None] | None = None
-        self._computing: asyncio.Task[torch.Tensor] | None = None
         self._steps = self._prefill_tokens = self._decode_tokens = 0
         self._step_s = 0.0
 
@@ -124,15 +137,19 @@ class Engine:
         if self._loop_task is not None:
             self._loop_task.cancel()
             await asyncio.gather(self._loop_task, return_exceptions=True)
-        self._fail(self._running, RequestCancelledError("the server is shutting down"))
+        self._fail(list(self._streams), RequestCancelledError("the server is shutting down"))
         self._remove_finished()
 
     def statistics(self) -> EngineStatistics:
         """See `EngineStatistics`."""
+        blocks = self.scheduler.pool.statistics()
         return EngineStatistics(
             self.queue.statistics(),
-            len(self._running),
-            self.cache.bytes,
+            len(self.scheduler.running),
+            len(self.scheduler.preempted),
+            (blocks.held + blocks.kept) * self.cache.bytes_per_block,
+            blocks,
+            self.scheduler.preemptions,
             self._steps,
             self._prefill_tokens,
             self._decode_tokens,
@@ -201,7 +218,7 @@ class Engine:
     def _is_hopeless(self, item: QueueItem[_Stream]) -> bool:
         """Whether those that are served before an item surely hold all places for longer than it has: better told
         at once than after all its time."""
-        if len(self._running) < self.limits.max_sequences or item.value.request.emitted:
+        if self.scheduler.has_seat(item.rank) or item.value.request.emitted:
             return False
         rounds_ahead = self.queue.items_above(item.rank - 1) // self.limits.max_sequences
         return rounds_ahead * self._held_s > item.deadline - item.arrival
@@ -215,12 +232,12 @@ class Engine:
         if generation is None or generation.finished:
             return
         generation.finished = True
-        if self._computing is not None and all(g.finished for g in self._running):
-            self._computing.cancel()  # nobody is left to compute the step for
+        if all(g.finished for g in self.scheduler.running):
+            self.runner.cancel()  # nobody is left to compute the step for
 
     async def _run(self) -> None:
         while True:
-            if not self._running and not len(self.queue):
+            if not self._streams and not len(self.queue):
                 self._wake.clear()
                 self._idle.set()
                 await self._wake.wait()
@@ -230,11 +247,11 @@ class Engine:
     async def step(self) -> None:
         """Advance every running sequence; what fails fails its sequences, never the engine."""
         started = self._clock()
-        late = [generation for generation in self._running if generation.deadline <= started]
+        late = [generation for generation in self._streams if generation.deadline <= started]
         self._fail(late, DeadlineExceededError("the request's time ran out"))
         self._remove_finished()
         self._admit(started)
-        items = plan_step(self._running, self.limits.max_step_tokens)
+        items = self.scheduler.plan()
         if not items:
             await asyncio.sleep(0)
             return
@@ -255,77 +272,80 @@ class Engine:
         await asyncio.sleep(0)  # let chunks out and requests in, also when no expert had to be waited for
 
     def _admit(self, now: float) -> None:
+        """Who was preempted goes on before anybody of its class or of a lower one begins, and before those of
+        higher classes that came so much later that they would be served later, too."""
         self.queue.expire(now)
-        room = self.limits.max_sequences - len(self._running)
-        if room <= 0 or not len(self.queue):
-            return
-        first, left = self.queue.peek(room)
-        if not self._can_admit(first[0]):
-            return  # nobody is given up for a place that the first cannot take
-        backlog_s = len(self.queue) / self.limits.max_sequences * self._held_s
-        for item in self._overload.compose(first, left, room, now, self._held_s, backlog_s):
-            stream, request = item.value, item.value.request
-            if self._running and now + self.latency.least_s(item.tokens) > item.deadline:
-                self.queue.drop_late([item])  # not even its first token would be in time
-                continue
-            if not self._can_admit(item):
+        entrants = self._next_in_queue(now)
+        while True:
+            back, item = self.scheduler.first_preempted(), entrants[0] if entrants else None
+            if back is not None and (item is None or back.rank >= item.rank or back.key <= item.key):
+                if not self.scheduler.admit(back):
+                    return
+            elif item is None or not self._begin(item, now):
                 return
-            self.queue.take([item], now)
-            generation = Generation(
-                request=request,
-                slot=self.cache.allocate(),
-                deadline=item.deadline,
-                tokens=[*request.prompt_token_ids, *request.emitted],
-                admitted=now,
-            )
-            stream.generation = generation
-            self._running.append(generation)
-            self._streams[generation] = stream
+            else:
+                entrants.pop(0)
 
-    def _can_admit(self, item: QueueItem[_Stream]) -> bool:
-        request = item.value.request
-        reserved = len(request.prompt_token_ids) + request.sampling.max_tokens
-        return can_admit(self._running, reserved, self.limits)
+    def _next_in_queue(self, now: float) -> list[QueueItem[_Stream]]:
+        """Who would be admitted from the queue, in order."""
+        head = self.queue.head()
+        if head is None or not self.scheduler.has_seat(head.rank):
+            return []  # nobody is given up for a place that the first cannot take
+        room = max(1, self.limits.max_sequences - len(self.scheduler.running))
+        first, left = self.queue.peek(room)
+        backlog_s = len(self.queue) / self.limits.max_sequences * self._held_s
+        return self._overload.compose(first, left, room, now, self._held_s, backlog_s)
+
+    def _begin(self, item: QueueItem[_Stream], now: float) -> bool:
+        """Whether the next one may be looked at: this one runs, or is given up."""
+        if self.scheduler.running and now + self.latency.least_s(item.tokens) > item.deadline:
+            self.queue.drop_late([item])  # not even its first token would be in time
+            return True
+        stream, request = item.value, item.value.request
+        generation = Generation(
+            request=request,
+            rank=item.rank,
+            key=item.key,
+            number=item.number,
+            deadline=item.deadline,
+            tokens=[*request.prompt_token_ids, *request.emitted],
+            admitted=now,
+        )
+        if not self.scheduler.admit(generation):
+            return False
+        self.queue.take([item], now)
+        stream.generation = generation
+        self._streams[generation] = stream
+        return True
 
     async def _compute(self, items: Sequence[StepItem]) -> torch.Tensor:
-        token_ids: list[int] = []
-        segments = []
-        rows = []
-        for item in items:
-            start = item.generation.computed
-            token_ids += item.generation.tokens[start : start + item.count]
-            segments.append(Segment(item.generation.slot, start, item.count))
-            if item.samples:
-                rows.append(len(token_ids) - 1)
-        batch = ForwardBatch(torch.tensor(token_ids), tuple(segments), torch.tensor(rows, dtype=torch.int64))
-        # Readers leave at their own deadlines; the step goes on for the last of them. On the loop's clock.
+        self.cache.clear(self.scheduler.take_fresh())
+        # Readers leave at their own deadlines; the step goes on for the last of them.
         remaining_s = max(item.generation.deadline for item in items) - self._clock()
-        experts = self.dispatcher.until(asyncio.get_running_loop().time() + remaining_s)
-        started = self._clock()
-        self._computing = asyncio.ensure_future(self.decoder.forward(batch, self.cache, experts))
-        try:
-            logits = await self._computing
-        finally:
-            self._computing = None
-        self.latency.observe(len(token_ids), experts.largest_expert_tokens, self._clock() - started)
-        return logits
+        return await self.runner.run(items, remaining_s)
 
     def _hand_out(self, items: Sequence[StepItem], logits: torch.Tensor) -> None:
-        sampling = [item.generation for item in items if item.samples]
         for item in items:
-            item.generation.computed += item.count
             if item.count == 1 and item.generation.generated:
                 self._decode_tokens += 1
             else:
                 self._prefill_tokens += item.count
         with torch.inference_mode():
+            rows = torch.split(logits, [item.outputs for item in items])
+            for item, item_logits in zip(items, rows, strict=True):
+                if item.generation.wants_prompt_logprobs:
+                    note_prompt_logprobs(item, item_logits)
+            sampling = [index for index, item in enumerate(items) if item.samples]
+            generations = [items[index].generation for index in sampling]
+            last = logits if len(sampling) == len(logits) else torch.cat([rows[index][-1:] for index in sampling])
             tokens, logprobs = sample(
-                logits,
-                [g.request.sampling for g in sampling],
-                [len(g.tokens) for g in sampling],
-                [banned_tokens(g.request, g.generated, self._end_tokens) for g in sampling],
+                last,
+                [g.request.sampling for g in generations],
+                [len(g.tokens) for g in generations],
+                [banned_tokens(g.request, g.generated, self._end_tokens) for g in generations],
             )
-        for generation, token, logprob in zip(sampling, tokens, logprobs, strict=True):
+        self.scheduler.advance(items)
+        for generation, token, logprob in zip(generations, tokens, logprobs, strict=True):
             self._append(generation, token, logprob)
 
     def _append(self, generation: Generation, token: int, logprob: TokenLogprob | None) -> None:
@@ -334,8 +354,10 @@ class Engine:
             return  # its reader left during the step
         reason = finish_reason(generation.request, token, generation.generated, self._end_tokens)
         generation.finished = reason is not None
-        chunk = TokenChunk((token,), reason, None if logprob is None else (logprob,))
-        self._streams[generation].chunks.put_nowait(chunk)
+        stream = self._streams[generation]
+        first = {} if stream.begun else _first_of(generation)
+        stream.begun = True
+        stream.chunks.put_nowait(TokenChunk((token,), reason, None if logprob is None else (logprob,), **first))
 
     def _fail(self, generations: Sequence[Generation], error: PimoeError) -> None:
         for generation in generations:
@@ -344,9 +366,16 @@ class Engine:
                 self._streams[generation].fail(error)
 
     def _remove_finished(self) -> None:
-        for generation in [g for g in self._running if g.finished]:
-            self._running.remove(generation)
+        for generation in [g for g in self._streams if g.finished]:
+            self.scheduler.remove(generation)
             held_s = self._clock() - generation.admitted
             self._held_s += (held_s - self._held_s) * (0.1 if self._held_s else 1.0)
             del self._streams[generation]
-            self.cache.free(generation.slot)
+
+
+def _first_of(generation: Generation) -> dict[str, Any]:
+    """What only the first chunk tells."""
+    told: dict[str, Any] = {"cached_tokens": generation.cached_tokens or 0}
+    if generation.request.sampling.prompt_logprobs is not None:
+        told["prompt_logprobs"] = tuple(generation.prompt_logprobs)
+    return told

@@ -1,7 +1,9 @@
-"""Which sequences advance in the next step. Pure: no clock, no I/O, no tensors.
+"""Which sequences run, and which of them advance in the next step. Pure: no clock, no I/O, no tensors.
 
 Every step decodes one token of every running sequence whose prompt is cached, and prefills prompts beside them
-under a token budget, so that a long prompt comes in chunks and stalls nobody for its whole length.
+under a token budget, so that a long prompt comes in chunks and stalls nobody for its whole length. Where blocks of
+the KV cache run out, the least important sequence gives its own up and waits; when it returns, what is still known
+of it is taken from the cache and the rest computed again.
 """
 
 from __future__ import annotations
@@ -9,55 +11,48 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ..errors import ConfigurationError
-from ..requests import GenerateRequest
+from ..requests import GenerateRequest, TokenLogprob
+from .block_pool import BlockPool, extend_hashes, salt_of
+from .limits import EngineLimits
 
-
-@dataclass(frozen=True, slots=True)
-class EngineLimits:
-    """Bounds of generation.
-
-    Attributes:
-        max_sequences: running at once; each holds KV cache for all its tokens.
-        max_step_tokens: prompt tokens prefilled in one step, beside the decoding sequences.
-        max_context_tokens: prompt and answer of one sequence; None: the model's own limit.
-        max_kv_tokens: tokens that all running sequences may come to together, and so one of them alone; None: no
-            limit but the two above.
-        drain_s: how long a stopping engine lets running sequences go on.
-    """
-
-    max_sequences: int = 32
-    max_step_tokens: int = 2048
-    max_context_tokens: int | None = None
-    max_kv_tokens: int | None = None
-    drain_s: float = 20.0
-
-    def __post_init__(self) -> None:
-        for name in ("max_sequences", "max_step_tokens", "max_context_tokens", "max_kv_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigurationError(f"engine.{name} is {value}; it must be at least 1", name)
-        if not self.drain_s >= 0:
-            raise ConfigurationError(f"engine.drain_s is {self.drain_s}; it must be at least 0", "drain_s")
+# Rows whose logits one step computes for the sake of prompt logprobs: each is as wide as the vocabulary.
+_PROMPT_LOGPROB_ROWS = 64
 
 
 @dataclass(slots=True, eq=False)
 class Generation:
-    """One running generation.
+    """One generation, running or preempted.
 
     Attributes:
+        rank, key, number: as of the queue item that it was; see `QueueItem`.
+        deadline, admitted: on the engine's clock.
         tokens: prompt, then what was generated.
         computed: how many of them are in the KV cache.
-        admitted: when it began to run, on the engine's clock.
+        blocks: its block table.
+        cached_tokens: how many of the prompt's tokens were there already when it first ran.
+        prompt_logprobs: of the prompt's tokens as far as they are computed, where they are wanted.
     """
 
     request: GenerateRequest
-    slot: int
+    rank: int
+    key: float
+    number: int
     deadline: float
     tokens: list[int]
-    computed: int = 0
     admitted: float = 0.0
-    finished: bool = field(default=False)
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    cached_tokens: int | None = None
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    finished: bool = False
+    gave_way: bool = False
+    _hashes: list[bytes] = field(default_factory=list)
+    _published: int = 0
+
+    @property
+    def order(self) -> tuple[int, float, int]:
+        """The smallest is the most important."""
+        return -self.rank, self.key, self.number
 
     @property
     def generated(self) -> int:
@@ -70,9 +65,11 @@ class Generation:
         return len(self.tokens) - self.computed
 
     @property
-    def reserved_tokens(self) -> int:
-        """Tokens it may come to."""
-        return len(self.request.prompt_token_ids) + self.request.sampling.max_tokens
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether logprobs of the prompt's tokens are still to be computed, or the first one's None to be
+        noted."""
+        wanted = self.request.sampling.prompt_logprobs is not None
+        return wanted and len(self.prompt_logprobs) < len(self.request.prompt_token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,32 +78,173 @@ class StepItem:
 
     Attributes:
         samples: whether the step reaches the sequence's last token, and so chooses the next one.
+        outputs: how many of the last of these tokens want logits.
     """
 
     generation: Generation
     count: int
     samples: bool
+    outputs: int
 
 
-def plan_step(running: Sequence[Generation], max_step_tokens: int) -> list[StepItem]:
-    """The next step: all that decode, and prompts in order of admission as far as the budget goes."""
-    items = []
-    budget = max_step_tokens
-    for sequence in running:
-        pending = sequence.pending
-        if pending == 1:
-            items.append(StepItem(sequence, 1, samples=True))
-        elif budget > 0:
-            count = min(pending, budget)
-            budget -= count
-            items.append(StepItem(sequence, count, samples=count == pending))
-    return items
+class Scheduler:
+    """Sequences and their blocks.
 
+    Attributes:
+        running: in order of admission.
+        preempted: gave their blocks up and wait to go on.
+        preemptions: since start.
+    """
 
-def can_admit(running: Sequence[Generation], reserved_tokens: int, limits: EngineLimits) -> bool:
-    """Whether one more sequence that may come to `reserved_tokens` fits beside the running ones."""
-    if len(running) >= limits.max_sequences:
-        return False
-    if limits.max_kv_tokens is None:
+    def __init__(self, pool: BlockPool, limits: EngineLimits) -> None:
+        self.pool, self.limits = pool, limits
+        self.running: list[Generation] = []
+        self.preempted: list[Generation] = []
+        self.preemptions = 0
+        self._fresh: list[int] = []
+
+    def first_preempted(self) -> Generation | None:
+        """Which of the preempted goes on first."""
+        return min(self.preempted, key=lambda generation: generation.order, default=None)
+
+    def has_seat(self, rank: int) -> bool:
+        """Whether one more of that class may run, if need be instead of one of a lower class."""
+        return len(self.running) < self.limits.max_sequences or self._who_gives_way(rank) is not None
+
+    def admit(self, generation: Generation) -> bool:
+        """Let a new or preempted sequence run, if there are a seat and blocks for all of its tokens so far. Who is
+        of a lower class makes room for it."""
+        block_tokens = self.pool.block_tokens
+        salt = salt_of(generation.request.tenant, generation.request.cache_salt)
+        extend_hashes(generation._hashes, salt, generation.tokens, block_tokens)
+        reusable = 0 if generation.wants_prompt_logprobs else (len(generation.tokens) - 1) // block_tokens
+        found = self.pool.find(generation._hashes[:reusable])
+        needed = -(-len(generation.tokens) // block_tokens) - len(found)
+        if not self._make_room(generation.rank, needed, found):
+            return False
+        self.pool.hold(found)
+        generation.blocks = [*found, *self._take(needed)]
+        generation.computed = len(found) * block_tokens
+        generation._published = len(found)
+        if generation.cached_tokens is None:
+            generation.cached_tokens = min(generation.computed, len(generation.request.prompt_token_ids))
+            self.pool.count_lookup(len(generation.request.prompt_token_ids), generation.cached_tokens)
+        if generation in self.preempted:
+            self.preempted.remove(generation)
+        self.running.append(generation)
         return True
-    return sum(s.reserved_tokens for s in running) + reserved_tokens <= limits.max_kv_tokens
+
+    def plan(self) -> list[StepItem]:
+        """The next step: all that decode, the most important first, and prompts as far as the budget goes.
+        Preempts where blocks run out."""
+        decoding = sorted((g for g in self.running if g.pending == 1), key=lambda g: g.order)
+        for generation in decoding:
+            while generation.blocks and len(generation.blocks) * self.pool.block_tokens <= generation.computed:
+                if self.pool.available:
+                    generation.blocks += self._take(1)
+                else:
+                    self._preempt(max(self.running, key=lambda g: g.order))
+        items = [_item(generation, 1) for generation in decoding if generation.blocks]
+        prefilling = sorted((g for g in self.running if g.pending > 1), key=lambda g: g.order)
+        counts = share_prefill([_wanted(g) for g in prefilling], self._prefill_budget(len(items)))
+        return items + [_item(g, count) for g, count in zip(prefilling, counts, strict=True) if count]
+
+    def take_fresh(self) -> list[int]:
+        """Blocks that got a new owner since the last call, and are to be cleared."""
+        fresh, self._fresh = self._fresh, []
+        return fresh
+
+    def advance(self, items: Sequence[StepItem]) -> None:
+        """A step is computed: blocks that it filled are known from now on."""
+        block_tokens = self.pool.block_tokens
+        for item in items:
+            generation = item.generation
+            generation.computed += item.count
+            full = generation.computed // block_tokens
+            if full == generation._published:
+                continue
+            salt = salt_of(generation.request.tenant, generation.request.cache_salt)
+            extend_hashes(generation._hashes, salt, generation.tokens[: generation.computed], block_tokens)
+            for place in range(generation._published, full):
+                self.pool.publish(generation.blocks[place], generation._hashes[place])
+            generation._published = full
+
+    def remove(self, generation: Generation) -> None:
+        """A sequence ended, wherever it was."""
+        if generation in self.preempted:
+            self.preempted.remove(generation)
+        else:
+            self.running.remove(generation)
+            self._give_up_blocks(generation)
+
+    def _prefill_budget(self, decoding: int) -> int:
+        # However many decode, prompts go on: they would wait for ever under a load of long answers.
+        least = max(1, self.limits.max_step_tokens // 4)
+        return max(least, self.limits.max_step_tokens - decoding)
+
+    def _make_room(self, rank: int, needed: int, found: Sequence[int]) -> bool:
+        def fits() -> bool:
+            # Each that runs may need a block before any gives one back; alone, a sequence has all there are.
+            spare = len(self.running)
+            seat = len(self.running) < self.limits.max_sequences
+            return seat and needed + self.pool.kept_among(found) + spare <= self.pool.available
+
+        while not fits():
+            victim = self._who_gives_way(rank)
+            if victim is None:
+                return False
+            victim.gave_way = True
+            self._preempt(victim)
+        return True
+
+    def _who_gives_way(self, rank: int) -> Generation | None:
+        """The least important sequence of a lower class. Each gives way once at most: it would else be computed
+        again and again, and never end, while important work keeps coming."""
+        lower = [g for g in self.running if g.rank < rank and not g.gave_way]
+        return max(lower, key=lambda g: g.order, default=None)
+
+    def _preempt(self, generation: Generation) -> None:
+        self.running.remove(generation)
+        self._give_up_blocks(generation)
+        self.preempted.append(generation)
+        self.preemptions += 1
+
+    def _give_up_blocks(self, generation: Generation) -> None:
+        self.pool.release(generation.blocks)
+        generation.blocks = []
+        generation.computed = generation._published = 0
+
+    def _take(self, count: int) -> list[int]:
+        taken = self.pool.take(count)
+        self._fresh += taken
+        return taken
+
+
+def share_prefill(pending: Sequence[int], budget: int) -> list[int]:
+    """How many tokens of each prompt the step takes, of prompts in order of importance. Half of the budget goes to
+    the shortest, so that a short prompt does not wait for a long one; the rest goes to the first, so that a long
+    one does not wait for ever."""
+    counts = [0] * len(pending)
+    left = budget
+    for reserved, order in (
+        (budget // 2, sorted(range(len(pending)), key=lambda index: pending[index])),
+        (0, range(len(pending))),
+    ):
+        for index in order:
+            count = min(pending[index] - counts[index], left - reserved)
+            if count > 0:
+                counts[index] += count
+                left -= count
+    return counts
+
+
+def _wanted(generation: Generation) -> int:
+    if generation.wants_prompt_logprobs:
+        return min(generation.pending, _PROMPT_LOGPROB_ROWS)
+    return generation.pending
+
+
+def _item(generation: Generation, count: int) -> StepItem:
+    samples = count == generation.pending
+    outputs = count if generation.wants_prompt_logprobs else int(samples)
+    return StepItem(generation, count, samples, outputs)

@@ -1,7 +1,7 @@
 """The trunk of a decoder: embeddings, attention, gates, shared and dense networks, logits. Not the experts.
 
 It knows neither groups nor links: what its gates chose goes to an `ExpertDispatch`, and what comes back is
-added. It keeps no requests either: the engine says which tokens go into which slots of the cache.
+added. It keeps no requests either: the engine says which tokens go into which blocks of the cache.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..routing.strategies import Routing, RoutingStrategy, TopKSoftmax
 from .attention import Attention
 from .checkpoint import Checkpoint
 from .feed_forward import GatedFeedForward, SharedExpert
-from .kv_cache import KVCache
+from .kv_cache import BLOCK_TOKENS, KVCache, KVLayout
 from .rope import RotaryTable
 from .spec import DecoderSpec
 from .step import ForwardBatch, Segment, Step, plan_step
@@ -92,18 +92,15 @@ class Decoder:
         dtype, device = dtype or getattr(torch, spec.dtype), torch.device(device)
         return cls(spec, TrunkWeights(checkpoint, spec, dtype, device), dtype, device)
 
-    def new_cache(self, max_sequences: int, max_tokens: int) -> KVCache:
-        """An empty KV cache for this model; `max_tokens` bounds each sequence."""
+    @property
+    def kv_layout(self) -> KVLayout:
+        """What a cache keeps of each token."""
         spec = self.spec
-        return KVCache(
-            spec.num_layers,
-            spec.num_kv_heads,
-            spec.head_dim,
-            max_sequences,
-            min(max_tokens, spec.max_context_tokens),
-            self.dtype,
-            self.device,
-        )
+        return KVLayout(spec.num_layers, spec.num_kv_heads, spec.head_dim, spec.head_dim)
+
+    def new_cache(self, num_blocks: int, block_tokens: int = BLOCK_TOKENS) -> KVCache:
+        """An empty KV cache for this model."""
+        return KVCache(self.kv_layout, num_blocks, block_tokens, self.dtype, self.device)
 
     async def forward(self, batch: ForwardBatch, cache: KVCache, experts: ExpertDispatch) -> Tensor:
         """New tokens of several sequences through the whole model.
@@ -120,7 +117,7 @@ class Decoder:
             Logits `[outputs, vocab]`, float32.
 
         Raises:
-            ContextLengthError: a sequence outgrows the cache. Whatever `experts` raises.
+            IndexError: a segment's blocks are too few. Whatever `experts` raises.
         """
         step, rotary, hidden = self._begin(batch, cache)
         for index, layer in enumerate(self._layers):
@@ -138,8 +135,8 @@ class Decoder:
 
     @torch.inference_mode()
     def _begin(self, batch: ForwardBatch, cache: KVCache) -> tuple[Step, tuple[Tensor, Tensor], Tensor]:
-        cache.prepare([(segment.slot, segment.end) for segment in batch.segments])
-        step = plan_step(batch, set(self.spec.sliding_windows), self.dtype, self.device)
+        windows = set(self.spec.sliding_windows)
+        step = plan_step(batch, cache.block_tokens, windows, self.dtype, self.device)
         rotary = self._rotary.rows(step.positions, step.length, self.dtype)
         return step, rotary, F.embedding(batch.token_ids.to(self.device), self._embedding)
 

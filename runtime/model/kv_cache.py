@@ -1,156 +1,141 @@
-"""The KV cache: keys and values of every running sequence, in slots of equal length.
+"""The paged KV cache: keys and values of every sequence in blocks of equal length.
 
-Slots are handed out lowest first, so that the running sequences lie side by side and a decode step can read
-them as one view. The tensors grow by doubling, in slots and in length, up to the limits.
+Which block belongs to whom is not known here: a sequence's *block table* lists its blocks in order, and grows
+without anything being copied (PagedAttention, arXiv 2309.06180). A read gathers the blocks of several sequences
+side by side; where those of one sequence lie in a row, it is a view.
 """
 
 from __future__ import annotations
 
-import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ContextLengthError, OverloadedError
-
-_FIRST_SLOTS = 4
-_FIRST_TOKENS = 64
+NULL_BLOCK = 0  # all zeros: fills up tables of unequal length
+BLOCK_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class SlotView:
-    """Which slots one read covers: the range from `first` to below `stop`, or those of `index` where given."""
+class KVLayout:
+    """What a model keeps of each token.
 
-    first: int
-    stop: int
-    index: Tensor | None = None
+    Attributes:
+        value_dim: 0 where the keys hold the values too (multi-head latent attention).
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
 
     @property
-    def count(self) -> int:
-        """Sequences in the view."""
-        return self.stop - self.first if self.index is None else self.index.shape[0]
+    def width(self) -> int:
+        """Numbers per token and layer."""
+        return self.num_kv_heads * (self.key_dim + self.value_dim)
+
+    def block_bytes(self, block_tokens: int, dtype: torch.dtype) -> int:
+        """Memory of one block in all layers."""
+        return self.num_layers * block_tokens * self.width * dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRead:
+    """Which blocks one read covers: `sequences` times `blocks` of them, of which the first `length` tokens count.
+
+    Attributes:
+        index: `[sequences * blocks]` int64, sequence after sequence; None where they lie in a row from `first` on.
+    """
+
+    sequences: int
+    blocks: int
+    length: int
+    index: Tensor | None
+    first: int = 0
 
 
 class KVCache:
-    """Keys and values `[slots, kv_heads, tokens, head_dim]` of each layer.
+    """Keys and values `[layers, blocks, block_tokens, width]`, with keys before values in each row.
 
-    Not thread-safe: one engine owns it.
+    Not thread-safe: one engine owns it. Block 0 is the null block and never written, so that `num_blocks` blocks
+    have the ids from 1 on.
 
     Args:
-        num_layers, num_kv_heads, head_dim: of the model.
-        max_sequences: slots at most.
-        max_tokens: length of a sequence at most.
+        layout: what the model keeps.
+        num_blocks: how many there are for sequences.
+        block_tokens: tokens of a block.
         dtype, device: of the stored keys and values.
     """
 
     def __init__(
-        self,
-        num_layers: int,
-        num_kv_heads: int,
-        head_dim: int,
-        max_sequences: int,
-        max_tokens: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, layout: KVLayout, num_blocks: int, block_tokens: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.max_sequences = max_sequences
-        self.max_tokens = max_tokens
-        self._free = list(range(max_sequences))
-        self._used: dict[int, int] = {}  # slot -> tokens ever written since it was allocated
-        shape = (min(_FIRST_SLOTS, max_sequences), num_kv_heads, min(_FIRST_TOKENS, max_tokens), head_dim)
-        self._keys = [_zeros(shape, dtype, device) for _ in range(num_layers)]
-        self._values = [_zeros(shape, dtype, device) for _ in range(num_layers)]
+        self.layout, self.num_blocks, self.block_tokens = layout, num_blocks, block_tokens
+        shape = (layout.num_layers, num_blocks + 1, block_tokens, layout.width)
+        self._pool = _zeros(shape, dtype, device)
+        self._rows = [layer.view(-1, layout.width) for layer in self._pool]
+        self._blocks = [layer.view(num_blocks + 1, -1) for layer in self._pool]
+        # Grows to the largest read: fresh memory for every gather costs twice its copying.
+        self._gathered = torch.empty(0, dtype=dtype, device=device)
 
     @property
     def bytes(self) -> int:
-        """Memory held by keys and values of all layers."""
-        return sum(tensor.nbytes for tensor in (*self._keys, *self._values))
+        """Memory of all blocks; on a CPU the system gives it only as blocks are first used."""
+        return self._pool.nbytes
 
     @property
-    def bytes_per_token(self) -> int:
-        """Memory of one token's keys and values in all layers."""
-        slots, _, tokens, _ = self._keys[0].shape
-        return self.bytes // (slots * tokens)
+    def bytes_per_block(self) -> int:
+        """Memory of one block in all layers."""
+        return self.layout.block_bytes(self.block_tokens, self._pool.dtype)
 
-    @property
-    def free_slots(self) -> int:
-        """How many sequences can still be allocated."""
-        return len(self._free)
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Zeroes blocks that get a new owner: a NaN left behind would reach it through its masked positions."""
+        if blocks:
+            index = torch.tensor(blocks, device=self._pool.device)
+            self._pool.index_fill_(1, index, 0.0)
 
-    def allocate(self) -> int:
-        """A slot for a new sequence. Raises OverloadedError when all are taken."""
-        if not self._free:
-            raise OverloadedError(f"all {self.max_sequences} sequence slots of the KV cache are taken")
-        slot = heapq.heappop(self._free)
-        self._used[slot] = 0
-        return slot
-
-    def free(self, slot: int) -> None:
-        """Gives a slot back. Raises KeyError when it is not allocated."""
-        used = self._used.pop(slot)
-        heapq.heappush(self._free, slot)
-        # A NaN left behind would reach the slot's next sequence through its masked positions.
-        for tensor in (*self._keys, *self._values):
-            if used:
-                tensor[slot, :, :used].zero_()
-
-    def prepare(self, ends: Sequence[tuple[int, int]]) -> None:
-        """Makes room before a forward.
+    def append(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor | None) -> None:
+        """Writes new tokens; writing the same places again replaces them, so a forward may be repeated.
 
         Args:
-            ends: for each sequence of the forward, its slot and its length after it.
-
-        Raises:
-            ContextLengthError: a sequence would become longer than `max_tokens`.
-            KeyError: a slot is not allocated.
+            rows: `[tokens]` int64: block times `block_tokens` plus the place in the block.
+            keys, values: `[tokens, kv_heads, key_dim or value_dim]`; values None where the keys hold them.
         """
-        for slot, end in ends:
-            if end > self.max_tokens:
-                raise ContextLengthError(f"a sequence of {end} tokens; the KV cache holds {self.max_tokens}")
-            self._used[slot] = max(self._used[slot], end)
-        slots = _grown(self._keys[0].shape[0], 1 + max(slot for slot, _ in ends), self.max_sequences)
-        tokens = _grown(self._keys[0].shape[2], max(end for _, end in ends), self.max_tokens)
-        if (slots, tokens) != (self._keys[0].shape[0], self._keys[0].shape[2]):
-            # One layer after another, so that old and new memory coexist for one layer only.
-            for tensors in (self._keys, self._values):
-                for layer, old in enumerate(tensors):
-                    tensors[layer] = _enlarged(old, slots, tokens)
+        written = keys.flatten(1) if values is None else torch.cat((keys.flatten(1), values.flatten(1)), 1)
+        self._rows[layer].index_copy_(0, rows, written)
 
-    def append(self, layer: int, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Writes new tokens; writing the same positions again replaces them, so a forward may be repeated.
+    def read(self, layer: int, read: BlockRead) -> tuple[Tensor, Tensor]:
+        """Keys `[sequences, kv_heads, length, key_dim]` and values likewise, until the next read of any layer.
+        Where the keys hold the values, both are the keys."""
+        layout, tokens = self.layout, read.blocks * self.block_tokens
+        rows = self._take(layer, read).view(read.sequences, tokens, layout.width)[:, : read.length]
+        split = layout.num_kv_heads * layout.key_dim
+        heads = (read.sequences, read.length, layout.num_kv_heads)
+        keys = rows[..., :split].view(*heads, layout.key_dim).transpose(1, 2)
+        if not layout.value_dim:
+            return keys, keys
+        return keys, rows[..., split:].view(*heads, layout.value_dim).transpose(1, 2)
 
-        Args:
-            slots, positions: `[tokens]` int64.
-            keys, values: `[tokens, kv_heads, head_dim]`.
-        """
-        self._keys[layer][slots, :, positions] = keys
-        self._values[layer][slots, :, positions] = values
-
-    def read(self, layer: int, slots: SlotView, first: int, length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the positions from `first` to below `length`, each
-        `[slots, kv_heads, length - first, head_dim]`: a view, or a copy where `slots` is no range."""
-        keys, values = self._keys[layer], self._values[layer]
-        if slots.index is not None:
-            keys = keys[:, :, first:length].index_select(0, slots.index)
-            return keys, values[:, :, first:length].index_select(0, slots.index)
-        rows = slice(slots.first, slots.stop)
-        return keys[rows, :, first:length], values[rows, :, first:length]
-
-
-def _grown(size: int, needed: int, limit: int) -> int:
-    return size if needed <= size else min(limit, max(needed, 2 * size))
+    def _take(self, layer: int, read: BlockRead) -> Tensor:
+        blocks = self._blocks[layer]
+        if read.index is None:
+            return blocks[read.first : read.first + read.sequences * read.blocks]
+        count = len(read.index) * blocks.shape[1]
+        if count > self._gathered.numel():
+            self._gathered = blocks.new_empty(count)
+        out = self._gathered[:count].view(len(read.index), blocks.shape[1])
+        torch.index_select(blocks, 0, read.index, out=out)
+        return out
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # Zeros, not empty: a masked position still takes part in the arithmetic, and 0 * NaN is NaN. A tensor born in
-    # inference mode could only be written there, and slots are freed outside.
+    # A tensor born in inference mode could only be written there, and blocks are cleared outside.
     with torch.inference_mode(False):
-        return torch.zeros(shape, dtype=dtype, device=device)
-
-
-def _enlarged(old: Tensor, slots: int, tokens: int) -> Tensor:
-    new = _zeros((slots, old.shape[1], tokens, old.shape[3]), old.dtype, old.device)
-    new[: old.shape[0], :, : old.shape[2]] = old
-    return new
+        if device.type != "cpu":
+            return torch.zeros(shape, dtype=dtype, device=device)
+        # torch writes its zeros; those of calloc cost memory only where something is stored.
+        memory = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+        return torch.from_numpy(memory).view(dtype).view(shape)

@@ -1,8 +1,8 @@
 """One forward's batch, and everything about it that all layers share, computed once.
 
 A batch is ragged: sequences that decode bring one token, those in prefill bring many. Linear layers see the
-flat list of tokens; attention reads the cache once for all decoding sequences together and once for each other
-one.
+flat list of tokens. Attention reads the cache once for all decoding sequences of about the same length, so that
+none pays for the longest, and once for each sequence in prefill.
 """
 
 from __future__ import annotations
@@ -10,17 +10,22 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .kv_cache import SlotView
+from .kv_cache import NULL_BLOCK, BlockRead
+
+# Tokens that one read gathers for decoding sequences: what still lies in a processor's cache when it is used.
+_GATHERED_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """`count` new tokens of the sequence in cache slot `slot`, of which `start` tokens are cached already."""
+    """`count` new tokens of the sequence whose keys and values lie in `blocks`, of which `start` are cached
+    already. The blocks are enough for all of them."""
 
-    slot: int
+    blocks: Sequence[int]
     start: int
     count: int
 
@@ -36,7 +41,7 @@ class ForwardBatch:
 
     Attributes:
         token_ids: `[tokens]` int64, segment after segment. Ids must be below the vocabulary size.
-        segments: at least one, each of a slot of its own.
+        segments: at least one, each of a sequence of its own.
         output_rows: `[outputs]` int64 rows of `token_ids` whose logits are wanted, possibly none; None for the
             last row of each segment.
 
@@ -52,26 +57,20 @@ class ForwardBatch:
         counts = [segment.count for segment in self.segments]
         if not counts or min(counts) < 1 or sum(counts) != self.token_ids.shape[0]:
             raise ValueError(f"{self.token_ids.shape[0]} tokens cannot make segments of {counts}")
-        if len({segment.slot for segment in self.segments}) != len(counts):
-            raise ValueError("two segments of one forward share a slot")
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeRead:
-    """Attention of all one-token segments at once.
+    """Attention of several one-token segments at once.
 
     Attributes:
-        rows: their rows in the batch, in order of slots; a slice where they lie side by side.
-        places: `[rows]` where each row's query stands among the slots read; None when they fill them in order.
-        slots, first, length: what is read of the cache.
-        mask: additive `[slots, 1, 1, length - first]`, or None where every slot sees all of it.
+        rows: their rows in the batch; a slice where they lie side by side.
+        read: what is read of the cache.
+        mask: additive `[sequences, 1, 1, length]`, or None where every sequence sees all of it.
     """
 
     rows: Tensor | slice
-    places: Tensor | None
-    slots: SlotView
-    first: int
-    length: int
+    read: BlockRead
     mask: Tensor | None
 
 
@@ -81,25 +80,33 @@ class PrefillRead:
 
     Attributes:
         rows: its rows in the batch.
-        slots, first, length: what is read of the cache.
-        mask: additive `[count, length - first]`; None where `causal` says it all.
-        causal: queries and keys are the same tokens, each seeing itself and those before.
+        read: what is read of the cache; None where the new tokens see only each other, and each itself and those
+            before it.
+        mask: additive `[count, length]`; None where `read` is.
     """
 
     rows: slice
-    slots: SlotView
-    first: int
-    length: int
+    read: BlockRead | None
     mask: Tensor | None
-    causal: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Reads:
     """How the layers of one sliding window read the cache in this forward."""
 
-    decode: DecodeRead | None
+    decode: tuple[DecodeRead, ...]
     prefill: tuple[PrefillRead, ...]
+
+    @property
+    def all(self) -> tuple[DecodeRead | PrefillRead, ...]:
+        """Both kinds."""
+        return (*self.decode, *self.prefill)
+
+    @property
+    def only(self) -> DecodeRead | PrefillRead | None:
+        """The one read that covers the whole batch in its order, if there is one."""
+        reads = self.all
+        return reads[0] if len(reads) == 1 and isinstance(reads[0].rows, slice) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,116 +114,140 @@ class Step:
     """What all layers share in one forward.
 
     Attributes:
-        slots, positions: `[tokens]` int64, where each token's key and value go.
+        positions: `[tokens]` int64 within each sequence.
+        cache_rows: `[tokens]` int64, where each token's key and value go (see `KVCache.append`).
         output_rows: `[outputs]` int64.
         reads: by the layers' sliding window.
         length: the longest sequence after the forward.
     """
 
-    slots: Tensor
     positions: Tensor
+    cache_rows: Tensor
     output_rows: Tensor
     reads: dict[int | None, Reads]
     length: int
 
 
 def plan_step(
-    batch: ForwardBatch, windows: Collection[int | None], dtype: torch.dtype, device: torch.device
+    batch: ForwardBatch,
+    block_tokens: int,
+    windows: Collection[int | None],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Step:
     """Everything about `batch` that all layers share.
 
     Args:
         batch: the new tokens.
+        block_tokens: tokens of a block of the cache.
         windows: the sliding windows that occur in the model.
         dtype: of queries and keys, and so of the masks.
         device: where the tensors go.
     """
-    counts = torch.tensor([segment.count for segment in batch.segments])
-    rows_before = counts.cumsum(0) - counts
-    starts = torch.tensor([segment.start for segment in batch.segments])
-    slots = torch.tensor([segment.slot for segment in batch.segments])
-    total = batch.token_ids.shape[0]
-    positions = torch.arange(total) + (starts - rows_before).repeat_interleave(counts, output_size=total)
-    outputs = rows_before + counts - 1 if batch.output_rows is None else batch.output_rows
-    first_rows = rows_before.tolist()
+    segments = batch.segments
+    counts = np.array([segment.count for segment in segments])
+    ends = counts.cumsum()
+    positions = np.concatenate([np.arange(segment.start, segment.end) for segment in segments])
+    blocks = np.concatenate([_blocks_of(segment, block_tokens) for segment in segments])
+    outputs = torch.from_numpy(ends - 1) if batch.output_rows is None else batch.output_rows
+    rows = [(segment, row) for segment, row in zip(segments, (ends - counts).tolist(), strict=True)]
+    planner = _Planner(block_tokens, dtype, device)
     return Step(
-        slots=slots.repeat_interleave(counts, output_size=total).to(device),
-        positions=positions.to(device),
+        positions=torch.from_numpy(positions).to(device),
+        cache_rows=torch.from_numpy(blocks * block_tokens + positions % block_tokens).to(device),
         output_rows=outputs.to(device),
-        reads={window: _plan_reads(batch.segments, first_rows, window, dtype, device) for window in windows},
-        length=max(segment.end for segment in batch.segments),
+        reads={window: planner.plan(rows, window) for window in windows},
+        length=max(segment.end for segment in segments),
     )
 
 
-def _plan_reads(
-    segments: Sequence[Segment], rows: Sequence[int], window: int | None, dtype: torch.dtype, device: torch.device
-) -> Reads:
-    single = [(segment, row) for segment, row in zip(segments, rows, strict=True) if segment.count == 1]
-    longer = [(segment, row) for segment, row in zip(segments, rows, strict=True) if segment.count > 1]
-    return Reads(
-        _plan_decode(single, window, dtype, device) if single else None,
-        tuple(_plan_prefill(segment, row, window, dtype, device) for segment, row in longer),
-    )
+def _blocks_of(segment: Segment, block_tokens: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """The block that each new token goes to."""
+    if segment.count == 1:
+        return np.array([segment.blocks[segment.start // block_tokens]])
+    first, last = segment.start // block_tokens, (segment.end - 1) // block_tokens
+    spread = np.repeat(np.array(segment.blocks[first : last + 1]), block_tokens)
+    skipped = segment.start - first * block_tokens
+    return spread[skipped : skipped + segment.count]
 
 
-def _plan_decode(
-    tokens: list[tuple[Segment, int]], window: int | None, dtype: torch.dtype, device: torch.device
-) -> DecodeRead:
-    tokens.sort(key=lambda item: item[0].slot)
-    slots, rows = [segment.slot for segment, _ in tokens], [row for _, row in tokens]
-    view, places = select_slots(slots, device)
-    length = max(segment.end for segment, _ in tokens)
-    shortest = min(segment.end for segment, _ in tokens)
-    first = 0 if window is None else max(0, shortest - window)
-    mask = None
-    if shortest != length or places is not None:
-        # Slots of the view without a query in this step see one position, so that their softmax stays finite.
-        ends = [first + 1] * view.count
-        for place, (segment, _) in enumerate(tokens):
-            ends[place if places is None else segment.slot - view.first] = segment.end
-        mask = _mask(torch.tensor(ends, device=device)[:, None], first, length, window, dtype)[:, None, None]
-    return DecodeRead(_as_slice(rows, device), places, view, first, length, mask)
+@dataclass(frozen=True, slots=True)
+class _Planner:
+    block_tokens: int
+    dtype: torch.dtype
+    device: torch.device
 
+    def plan(self, rows: Sequence[tuple[Segment, int]], window: int | None) -> Reads:
+        single = [(segment, row) for segment, row in rows if segment.count == 1]
+        longer = [(segment, row) for segment, row in rows if segment.count > 1]
+        return Reads(
+            tuple(self._decode(bucket, window) for bucket in self._buckets(single, window)),
+            tuple(self._prefill(segment, row, window) for segment, row in longer),
+        )
 
-def _plan_prefill(
-    segment: Segment, row: int, window: int | None, dtype: torch.dtype, device: torch.device
-) -> PrefillRead:
-    first = 0 if window is None else max(0, segment.start + 1 - window)
-    causal = segment.start == 0 and (window is None or segment.count <= window)
-    mask = None
-    if not causal:
-        ends = torch.arange(segment.start + 1, segment.end + 1, device=device)[:, None]
-        mask = _mask(ends, first, segment.end, window, dtype)
-    view = SlotView(segment.slot, segment.slot + 1)
-    return PrefillRead(slice(row, row + segment.count), view, first, segment.end, mask, causal)
+    def _span(self, segment: Segment, window: int | None) -> tuple[int, int]:
+        """The first block that any new token of a segment sees, and the one behind the last."""
+        first = 0 if window is None else max(0, segment.start + 1 - window) // self.block_tokens
+        return first, -(-segment.end // self.block_tokens)
 
+    def _buckets(
+        self, rows: list[tuple[Segment, int]], window: int | None
+    ) -> list[list[tuple[Segment, int, int, int]]]:
+        """Segments and rows, with the first block and the number of blocks that each reads, in groups of which
+        none reads more than twice what its shortest needs."""
+        spans = [(segment, row, *self._span(segment, window)) for segment, row in rows]
+        sized = sorted(
+            ((segment, row, first, stop - first) for segment, row, first, stop in spans), key=lambda item: item[3]
+        )
+        buckets: list[list[tuple[Segment, int, int, int]]] = []
+        for item in sized:
+            bucket = buckets[-1] if buckets else None
+            tokens = item[3] * self.block_tokens
+            if bucket and item[3] <= 2 * bucket[0][3] and (len(bucket) + 1) * tokens <= _GATHERED_TOKENS:
+                bucket.append(item)
+            else:
+                buckets.append([item])
+        for bucket in buckets:
+            bucket.sort(key=lambda item: item[1])
+        return buckets
 
-def _mask(ends: Tensor, first: int, length: int, window: int | None, dtype: torch.dtype) -> Tensor:
-    """Additive mask `[rows, length - first]`: a row whose sequence ends at `ends` sees what lies before that,
-    and of it no more than `window` tokens."""
-    positions = torch.arange(first, length, device=ends.device)
-    hidden = positions >= ends
-    if window is not None:
-        hidden |= positions < ends - window
-    return torch.zeros(hidden.shape, dtype=dtype, device=ends.device).masked_fill_(hidden, -torch.inf)
+    def _decode(self, bucket: list[tuple[Segment, int, int, int]], window: int | None) -> DecodeRead:
+        blocks = max(count for _, _, _, count in bucket)
+        tables = [[*segment.blocks[first : first + count]] for segment, _, first, count in bucket]
+        ends = [segment.end - first * self.block_tokens for segment, _, first, _ in bucket]
+        length = max(ends)
+        read = self._read(tables, blocks, length)
+        mask = None
+        if window is not None or min(ends) != length:
+            mask = self._mask(torch.tensor(ends)[:, None], length, window)[:, None, None]
+        return DecodeRead(_as_slice([row for _, row, _, _ in bucket], self.device), read, mask)
 
+    def _prefill(self, segment: Segment, row: int, window: int | None) -> PrefillRead:
+        rows = slice(row, row + segment.count)
+        if segment.start == 0 and (window is None or segment.count <= window):
+            return PrefillRead(rows, None, None)
+        first, stop = self._span(segment, window)
+        skipped = first * self.block_tokens
+        read = self._read([list(segment.blocks[first:stop])], stop - first, segment.end - skipped)
+        ends = torch.arange(segment.start + 1 - skipped, segment.end + 1 - skipped)[:, None]
+        return PrefillRead(rows, read, self._mask(ends, read.length, window))
 
-def select_slots(slots: Sequence[int], device: torch.device) -> tuple[SlotView, Tensor | None]:
-    """How to read the given slots (ascending, distinct) without copying, if that is cheap.
+    def _read(self, tables: list[list[int]], blocks: int, length: int) -> BlockRead:
+        if len(tables) == 1 and tables[0] == list(range(tables[0][0], tables[0][0] + blocks)):
+            return BlockRead(1, blocks, length, None, tables[0][0])
+        index = np.full((len(tables), blocks), NULL_BLOCK)
+        for row, table in zip(index, tables, strict=True):
+            row[: len(table)] = table
+        return BlockRead(len(tables), blocks, length, torch.from_numpy(index.ravel()).to(self.device))
 
-    A range costs no copy, and its unused slots cost arithmetic for nothing; so a range is taken while at
-    least half of it is used, and a copy of just the slots asked for otherwise.
-
-    Returns:
-        The view, and where in it each slot lies; None when they fill it in order.
-    """
-    span = slots[-1] + 1 - slots[0]
-    if span == len(slots):
-        return SlotView(slots[0], slots[-1] + 1), None
-    if span <= 2 * len(slots):
-        places = torch.tensor([slot - slots[0] for slot in slots], device=device)
-        return SlotView(slots[0], slots[-1] + 1), places
-    return SlotView(slots[0], slots[-1] + 1, torch.tensor(slots, device=device)), None
+    def _mask(self, ends: Tensor, length: int, window: int | None) -> Tensor:
+        """Additive mask `[rows, length]`: a row whose sequence ends at `ends` sees what lies before that, and of
+        it no more than `window` tokens."""
+        positions = torch.arange(length)
+        hidden = positions >= ends
+        if window is not None:
+            hidden |= positions < ends - window
+        return torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, -torch.inf).to(self.device)
 
 
 def _as_slice(rows: list[int], device: torch.device) -> Tensor | slice:

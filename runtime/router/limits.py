@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..batching import BatchLimits, QueueLimits
-from ..generation.scheduler import EngineLimits
+from ..generation.limits import EngineLimits
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,103 @@
+"""Attention of new tokens to themselves and to what the paged cache holds of their sequences.
+
+What is attended is the families' business (`attention`, `latent_attention`); how the cache is read is here, once:
+grouped queries without repeating keys, one call for decoding sequences of about one length, one for each in
+prefill.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .kv_cache import KVCache
+from .step import DecodeRead, PrefillRead, Step
+
+
+class CachedAttention:
+    """One layer's reading and writing of the cache.
+
+    Args:
+        layer: its index, under which the cache keeps its keys and values.
+        num_heads, num_kv_heads: queries and keys; queries that share a KV head lie side by side.
+        value_dim: of each head's output; where values are not given, they are so many first numbers of the keys.
+        scale: of the scores; None for `key_dim ** -0.5`.
+        window: how many tokens a token sees, itself included; None: all before it.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        num_heads: int,
+        num_kv_heads: int,
+        value_dim: int,
+        scale: float | None = None,
+        window: int | None = None,
+    ) -> None:
+        self.layer = layer
+        self.num_heads, self.num_kv_heads, self.value_dim = num_heads, num_kv_heads, value_dim
+        self.scale, self.window = scale, window
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor | None, step: Step, cache: KVCache) -> Tensor:
+        """Stores the new tokens and attends.
+
+        Args:
+            queries: `[tokens, heads, key_dim]`.
+            keys: `[tokens, kv_heads, key_dim]`.
+            values: `[tokens, kv_heads, value_dim]`; None where the keys hold them.
+
+        Returns:
+            `[tokens, heads, value_dim]`.
+        """
+        cache.append(self.layer, step.cache_rows, keys, values)
+        reads = step.reads[self.window]
+        fresh = keys, keys if values is None else values
+        if (only := reads.only) is not None:
+            return self._attend(queries, *fresh, only, cache)
+        attended = queries.new_empty((queries.shape[0], self.num_heads, self.value_dim))
+        for read in reads.all:
+            rows = read.rows
+            attended[rows] = self._attend(queries[rows], fresh[0][rows], fresh[1][rows], read, cache)
+        return attended
+
+    def _attend(
+        self, queries: Tensor, keys: Tensor, values: Tensor, read: DecodeRead | PrefillRead, cache: KVCache
+    ) -> Tensor:
+        if isinstance(read, DecodeRead):
+            out = self._decode(queries, read, cache)
+        else:
+            out = self._prefill(queries, keys, values, read, cache)
+        return out[..., : self.value_dim]
+
+    def _decode(self, queries: Tensor, read: DecodeRead, cache: KVCache) -> Tensor:
+        """One query token per sequence. The queries that share a KV head stand in as that head's query tokens, so
+        that keys and values are read once and never repeated."""
+        count, group = queries.shape[0], self.num_heads // self.num_kv_heads
+        grouped = queries.reshape(count, self.num_kv_heads, group, -1)
+        if group == 1 and queries.dtype is torch.bfloat16 and queries.device.type == "cpu":
+            # With one query per KV head the CPU's bfloat16 kernel takes a path five times slower than with two.
+            grouped = grouped.expand(-1, -1, 2, -1)
+        keys, values = cache.read(self.layer, read.read)
+        attended = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=read.mask, scale=self.scale)
+        return attended[:, :, :group].reshape(count, self.num_heads, -1)
+
+    def _prefill(self, queries: Tensor, keys: Tensor, values: Tensor, read: PrefillRead, cache: KVCache) -> Tensor:
+        """Many query tokens of one sequence. KV heads stand in as the batch, so that the group of queries sharing
+        one sees it through a stride of zero."""
+        count, heads = queries.shape[0], self.num_kv_heads
+        grouped = queries.reshape(count, heads, -1, queries.shape[-1]).permute(1, 2, 0, 3)
+        if read.read is None:
+            keys, values = keys.transpose(0, 1), values.transpose(0, 1)
+        else:
+            keys, values = (tensor[0] for tensor in cache.read(self.layer, read.read))
+        group = grouped.shape[1]
+        attended = F.scaled_dot_product_attention(
+            grouped,
+            keys.unsqueeze(1).expand(-1, group, -1, -1),
+            values.unsqueeze(1).expand(-1, group, -1, -1),
+            attn_mask=read.mask,
+            is_causal=read.read is None,
+            scale=self.scale,
+        )
+        return attended.permute(2, 0, 1, 3).reshape(count, self.num_heads, -1)
