@@ -105,6 +105,7 @@ def _gateway_config(args: AppSettings, placed: tuple[tuple[str, tuple[int, ...]]
         second_level=cache.to_second_level(),
         share_tenants=cache.share_tenants,
         prefetch=cache.to_prefetch(),
+        prompt_cache=args.gateway.prompt_cache.to_limits(),
     )
 
 

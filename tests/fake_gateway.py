@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import uvicorn
 from pimoe.deployments.api import ApiSettings, create_app
+from pimoe.deployments.api.prompt_cache import ChatPrompts, PromptCache
 from pimoe.runtime.caching import BypassReason
 from pimoe.runtime.errors import UnavailableError
 from pimoe.runtime.requests import (
@@ -111,6 +112,7 @@ class FakeGateway:
     use_cache: list[bool] = field(default_factory=list)
     bypasses: list[BypassReason | None] = field(default_factory=list)
     flushes: list[tuple[str | None, str | None]] = field(default_factory=list)
+    prompt_cache: PromptCache = field(default_factory=PromptCache)
     open_streams: int = 0
     cancelled: int = 0
 
@@ -121,6 +123,10 @@ class FakeGateway:
         if self.info is None:
             raise UnavailableError("no router yet", retry_after_s=2.5)
         return self.info
+
+    @property
+    def prompts(self) -> ChatPrompts | None:
+        return None if self.tokenizer is None else ChatPrompts(self.tokenizer, self.prompt_cache)
 
     async def infer(self, request: InferRequest, bypass: BypassReason | None) -> InferAnswer:
         self.inferred.append(request)

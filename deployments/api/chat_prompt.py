@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...runtime.errors import ContextLengthError, InvalidRequestError
 from .modes import Chosen
-from .prompt_cache import ChatPrompts, Messages, Variables
+from .prompt_cache import Chat, ChatPrompts
 from .trimming import trim
 
 MODE_HEADER = b"x-pimoe-mode"
@@ -77,11 +77,7 @@ def report(chosen: Chosen | None, prompt: ChatPrompt | None = None) -> ModeRepor
 
 
 async def chat_prompt(
-    prompts: ChatPrompts,
-    messages: Messages,
-    variables: Variables | None,
-    chosen: Chosen | None,
-    limits: tuple[int, int | None],
+    prompts: ChatPrompts, chat: Chat, chosen: Chosen | None, limits: tuple[int, int | None]
 ) -> ChatPrompt:
     """The prompt of a chat.
 
@@ -92,34 +88,30 @@ async def chat_prompt(
         InvalidRequestError: the template refuses the messages, or makes nothing of them.
         ContextLengthError: the prompt is too long for any tokenizer.
     """
-    chars = sum(len(said(message)) for message in messages)
+    chars = sum(len(said(message)) for message in chat.messages)
     if chars >= _THREAD_FROM_CHARS:
-        return await asyncio.to_thread(prepare, prompts, messages, variables, chosen, limits)
-    return prepare(prompts, messages, variables, chosen, limits)
+        return await asyncio.to_thread(prepare, prompts, chat, chosen, limits)
+    return prepare(prompts, chat, chosen, limits)
 
 
-def prepare(
-    prompts: ChatPrompts,
-    messages: Messages,
-    variables: Variables | None,
-    chosen: Chosen | None,
-    limits: tuple[int, int | None],
-) -> ChatPrompt:
+def prepare(prompts: ChatPrompts, chat: Chat, chosen: Chosen | None, limits: tuple[int, int | None]) -> ChatPrompt:
     """`chat_prompt` in this thread."""
+    messages = chat.messages
     context, max_tokens = limits
     kept = tuple(range(len(messages)))
+    made: dict[tuple[int, ...], Sequence[int] | None] = {}
     if chosen is not None and chosen.trims:
         budget = chosen.preset.prompt_budget(context, max_tokens)
 
         def count(indices: tuple[int, ...]) -> int | None:
-            return _count(prompts, [messages[index] for index in indices], variables, budget)
+            try:
+                ids = made[indices] = prompts.token_ids(_only(chat, indices), max(0, budget) * _MAX_TOKEN_CHARS)
+            except InvalidRequestError:
+                return None
+            return _TOO_MANY if ids is None else len(ids)
 
         kept = trim(messages, chosen.preset.newest_messages, budget, count)
-    ids = prompts.token_ids([messages[index] for index in kept], variables, context * _MAX_TOKEN_CHARS)
-    if ids is None:
-        raise ContextLengthError(f"the messages are longer than the context of {context} tokens", "messages")
-    if not ids:
-        raise InvalidRequestError("the prompt has no tokens", "messages")
+    ids = made.get(kept) or _whole(prompts, _only(chat, kept), context)
     left = set(range(len(messages))).difference(kept)
     texts = [said(messages[index]) for index in sorted(left)]
     return ChatPrompt(list(ids), len(messages), kept, _count_texts(prompts, texts, context))
@@ -139,12 +131,17 @@ def _part(part: object) -> str:
     return str(part.get("text") or "") if isinstance(part, Mapping) else ""
 
 
-def _count(prompts: ChatPrompts, messages: Messages, variables: Variables | None, budget: int) -> int | None:
-    try:
-        ids = prompts.token_ids(messages, variables, max(0, budget) * _MAX_TOKEN_CHARS)
-    except InvalidRequestError:
-        return None
-    return _TOO_MANY if ids is None else len(ids)
+def _only(chat: Chat, indices: Sequence[int]) -> Chat:
+    return replace(chat, messages=[chat.messages[index] for index in indices])
+
+
+def _whole(prompts: ChatPrompts, chat: Chat, context: int) -> Sequence[int]:
+    ids = prompts.token_ids(chat, context * _MAX_TOKEN_CHARS)
+    if ids is None:
+        raise ContextLengthError(f"the messages are longer than the context of {context} tokens", "messages")
+    if not ids:
+        raise InvalidRequestError("the prompt has no tokens", "messages")
+    return ids
 
 
 def _count_texts(prompts: ChatPrompts, texts: Sequence[str], context: int) -> int | None:

@@ -6,17 +6,21 @@ it with a few lines; `pimoe.runtime.model.tokenizer` implements `TextCodec`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 from ...runtime.caching import BypassReason
 from ...runtime.errors import ConfigurationError
 from ...runtime.requests import GenerateAnswer, GenerateRequest, InferAnswer, InferRequest, ModelInfo
+from .modes import MODE_NAMES, ModeName, Modes
+from .prompt_cache import ChatPrompts
 
 MIB = 1 << 20
 
 # A day. It keeps seconds below the smallest integer that is read as Triton's microseconds (options.py).
 LONGEST_TIMEOUT_S = 86_400.0
+
+_NO_NUMBERS = ("default_mode", "modes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,8 @@ class ApiSettings:
         default_completion_tokens: `max_tokens` of `/v1/completions` when none is given (OpenAI's 16).
         default_chat_tokens: the same for `/v1/chat/completions`; both are lowered to what the context has
             left.
+        default_mode: the mode of requests that name none; None: such requests have none.
+        modes: the presets, see `modes.py`.
 
     Raises:
         ConfigurationError: a value is not positive, or the timeouts contradict each other.
@@ -57,9 +63,16 @@ class ApiSettings:
     max_logprobs: int = 20
     default_completion_tokens: int = 16
     default_chat_tokens: int = 256
+    default_mode: ModeName | None = None
+    modes: Modes = field(default_factory=Modes)
 
     def __post_init__(self) -> None:
+        if self.default_mode is not None and self.default_mode not in MODE_NAMES:
+            right = f"it must be one of {', '.join(MODE_NAMES)}, or left out"
+            raise ConfigurationError(f"default_mode is {self.default_mode!r}; {right}", "default_mode")
         for item in fields(self):
+            if item.name in _NO_NUMBERS:
+                continue
             value = getattr(self, item.name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
                 raise ConfigurationError(f"{item.name} is {value!r}; it must be a number above 0", item.name)
@@ -137,6 +150,11 @@ class GatewayContext(Protocol):
     @property
     def tokenizer(self) -> TextCodec | None:
         """None for a checkpoint without a tokenizer: prompts then come as token ids."""
+        ...
+
+    @property
+    def prompts(self) -> ChatPrompts | None:
+        """The chats of `tokenizer` as token ids, remembered; None where there is no tokenizer."""
         ...
 
     async def infer(self, request: InferRequest, bypass: BypassReason | None) -> InferAnswer:

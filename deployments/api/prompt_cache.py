@@ -50,6 +50,24 @@ class ChatCodec(Protocol):
         """The prompt that the chat template makes."""
         ...
 
+    def render_unfinished_chat(self, messages: Messages, /, variables: Variables | None = None) -> str:
+        """The same up to the end of the last message, which is to be continued."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """All that decides a chat's prompt, besides the codec.
+
+    Attributes:
+        variables: what the template reads besides the messages, such as `tools`.
+        unfinished: the last message is to be continued, instead of a new one begun.
+    """
+
+    messages: Messages
+    variables: Variables | None = None
+    unfinished: bool = False
+
 
 @dataclass(frozen=True, slots=True)
 class PromptCacheLimits:
@@ -135,18 +153,16 @@ class ChatPrompts:
         self._reads_clock = reads_clock
         self.cache = cache or PromptCache()
 
-    def token_ids(
-        self, messages: Messages, variables: Variables | None = None, max_chars: int = sys.maxsize
-    ) -> Sequence[int] | None:
+    def token_ids(self, chat: Chat, max_chars: int = sys.maxsize) -> Sequence[int] | None:
         """The token ids of a chat; None where its text is longer than `max_chars`, and then not tokenized.
 
         Raises:
             InvalidRequestError: the template refuses the messages.
         """
         if self._reads_clock:
-            text = self._render(messages, variables)
+            text = self._render(chat)
             return self._ids(_digest(b"r", _utf8(text)), lambda: text, max_chars)
-        return self._ids(_chat_key(messages, variables), lambda: self._render(messages, variables), max_chars)
+        return self._ids(_chat_key(chat), lambda: self._render(chat), max_chars)
 
     def text_tokens(self, text: str) -> int:
         """How many tokens a text has by itself, without special ones."""
@@ -170,14 +186,16 @@ class ChatPrompts:
             self.cache.put(key, ids)
         return ids
 
-    def _render(self, messages: Messages, variables: Variables | None) -> str:
-        return self._codec.render_chat(messages, variables) if variables else self._codec.render_chat(messages)
+    def _render(self, chat: Chat) -> str:
+        codec = self._codec
+        render = codec.render_unfinished_chat if chat.unfinished else codec.render_chat
+        return render(chat.messages, chat.variables) if chat.variables else render(chat.messages)
 
 
-def _chat_key(messages: Messages, variables: Variables | None) -> bytes | None:
+def _chat_key(chat: Chat) -> bytes | None:
     """None where it cannot be written exactly; then nothing is remembered."""
     try:
-        return _digest(b"c", orjson.dumps([list(messages), variables or None]))
+        return _digest(b"c", orjson.dumps([list(chat.messages), chat.variables or None, chat.unfinished]))
     except TypeError:
         return None
 
