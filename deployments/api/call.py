@@ -120,15 +120,15 @@ class Call:
         await self._start(status, [(b"content-type", content_type), length, *extra])
         await self._send({"type": "http.response.body", "body": body})
 
-    async def start_stream(self, outcome: CacheOutcome) -> None:
-        """Sends the head of an SSE answer."""
+    async def start_stream(self, extra: Iterable[tuple[bytes, bytes]]) -> None:
+        """Sends the head of an SSE answer, with `extra` headers."""
         self.streams = True
         head: Headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
             (b"cache-control", b"no-cache"),
             # Reverse proxies of nginx's kind would otherwise collect the events.
             (b"x-accel-buffering", b"no"),
-            cache_header(outcome),
+            *extra,
         ]
         await self._start(200, head)
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from ...runtime.errors import ContextLengthError, InvalidRequestError
 from .modes import Chosen
+from .options import MODE_HEADER
 from .prompt_cache import Chat, ChatPrompts
 from .trimming import trim
 
-MODE_HEADER = b"x-pimoe-mode"
 TRIMMED_HEADER = b"x-pimoe-trimmed-messages"
 
 # No tokenizer has longer tokens: text of more characters than this times the context cannot fit.

@@ -51,7 +51,7 @@ def make_plan(
         if wanted.sampling.min_tokens > budget:
             text = f"min_tokens is {wanted.sampling.min_tokens}; it must be at most max_tokens, here {budget}"
             raise InvalidRequestError(text, "min_tokens")
-        base = wanted.base_seed()
+        base = wanted.base_seed(prompt)
         for choice in range(wanted.n):
             sampling = replace(wanted.sampling, max_tokens=budget, seed=wanted.seed_of(choice, base))
             name = work_id if not requests else f"{work_id}-{len(requests)}"

@@ -12,11 +12,13 @@ from ...runtime.requests import GenerateAnswer, ModelInfo
 from .assembly import Piece
 from .bodies import decode_json
 from .call import Call, cache_header, combined
+from .chat_prompt import ModeReport, chat_prompt, report
 from .fields import Fields, shown
 from .generation import Events, Plan, interleave, make_plan, started, streams
 from .openai_format import ChatFormat, Choice, CompletionFormat, Format, usage
 from .openai_params import Wanted, read_chat, read_completion
 from .openai_prompts import Prompt, encode_all, read_messages, read_prompts
+from .prompt_cache import Chat
 
 
 async def completions(call: Call) -> None:
@@ -24,18 +26,20 @@ async def completions(call: Call) -> None:
     fields, model = await _body(call)
     wanted = read_completion(fields, model, call.settings, call.header_options())
     prompts = read_prompts(fields, model, call.settings)
-    await _generate(call, wanted, prompts, CompletionFormat(call.context.tokenizer))
+    await _generate(call, wanted, prompts, CompletionFormat(call.context.tokenizer), report(wanted.chosen))
 
 
 async def chat_completions(call: Call) -> None:
     """`POST /v1/chat/completions`."""
     fields, model = await _body(call)
     wanted = read_chat(fields, model, call.settings, call.header_options())
-    messages = read_messages(fields)
-    codec = call.context.tokenizer
-    if codec is None:
+    chat = Chat(read_messages(fields))
+    codec, prompts = call.context.tokenizer, call.context.prompts
+    if codec is None or prompts is None:
         raise InvalidRequestError("this checkpoint has no tokenizer, so there is no chat", "messages")
-    await _generate(call, wanted, [codec.render_chat(messages)], ChatFormat(codec))
+    prompt = await chat_prompt(prompts, chat, wanted.chosen, (model.max_context_tokens, wanted.max_tokens))
+    told = report(wanted.chosen, prompt)
+    await _generate(call, wanted, [prompt.token_ids], ChatFormat(codec), told)
 
 
 async def models(call: Call) -> None:
@@ -62,7 +66,9 @@ async def _body(call: Call) -> tuple[Fields, ModelInfo]:
     return Fields(decode_json(await call.body(), call.settings.max_json_bytes)), known
 
 
-async def _generate(call: Call, wanted: Wanted, prompts: list[Prompt], shape: Format) -> None:
+async def _generate(
+    call: Call, wanted: Wanted, prompts: list[Prompt], shape: Format, told: ModeReport | None
+) -> None:
     known, codec = call.context.model, call.context.tokenizer
     if codec is None and wanted.stop:
         raise InvalidRequestError(
@@ -79,7 +85,7 @@ async def _generate(call: Call, wanted: Wanted, prompts: list[Prompt], shape: Fo
     ):
         # Without a tokenizer the ids are all there is of an answer.
         with_ids = wanted.return_token_ids or codec is None
-        answer = _Answer(wanted, plan, answers, shape, known, with_ids)
+        answer = _Answer(wanted, plan, answers, shape, known, with_ids, told)
         await (_stream(call, answer, events) if wanted.stream else _respond(call, answer, events))
 
 
@@ -94,6 +100,7 @@ class _Answer:
         shape: Format,
         known: ModelInfo,
         with_ids: bool,
+        told: ModeReport | None,
     ) -> None:
         self.shape = shape
         self.include_usage = wanted.include_usage
@@ -102,6 +109,8 @@ class _Answer:
         self.count = len(answers)
         self._logprobs = plan.rules.logprobs
         self._with_ids = with_ids
+        self._told = told
+        self.headers = [cache_header(self.outcome), *(told.headers() if told else ())]
         self._id = f"{shape.id_prefix}-{answers[0].response_id}"
         self._created_s = answers[0].created_s
         self._model = known.name
@@ -123,7 +132,14 @@ class _Answer:
         body = self.envelope(self.shape.chunk_object, [choice])
         if self.include_usage:
             body["usage"] = None
+        if first and index == 0:
+            self.add_report(body)
         return orjson.dumps(body)
+
+    def add_report(self, body: dict[str, Any]) -> None:
+        """What there is to tell of the request's mode."""
+        if self._told is not None:
+            body["pimoe"] = self._told.body()
 
     def _add_ids(self, choice: dict[str, Any], piece: Piece) -> dict[str, Any]:
         if self._with_ids:
@@ -138,13 +154,14 @@ async def _respond(call: Call, answer: _Answer, events: Events) -> None:
     done = [answer.choice(index, choice.whole()) for index, choice in enumerate(choices)]
     body = answer.envelope(answer.shape.object, done)
     body["usage"] = usage(answer.prompt_tokens, sum(len(choice.token_ids) for choice in choices))
-    await call.respond(orjson.dumps(body), extra=[cache_header(answer.outcome)])
+    answer.add_report(body)
+    await call.respond(orjson.dumps(body), extra=answer.headers)
 
 
 async def _stream(call: Call, answer: _Answer, events: Events) -> None:
     # A refusal comes with the first piece, and only before the head is sent can it still choose the status.
     index, piece = await anext(events)
-    await call.start_stream(answer.outcome)
+    await call.start_stream(answer.headers)
     begun = {index}
     tokens = len(piece.token_ids)
     await _send_chunk(call, answer.chunk(index, piece, first=True))

@@ -9,6 +9,7 @@ were not there.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +18,13 @@ from ...runtime.errors import InvalidRequestError, ModelNotFoundError
 from ...runtime.requests import ModelInfo, SamplingParams
 from .context import ApiSettings
 from .fields import Fields, shown
-from .options import CallOptions, read_options
+from .modes import Chosen, choose, seed_of_prompt
+from .options import CallOptions, read_options, read_truncation
 
 _HONOURED = {
     *("model", "n", "stream", "stream_options", "max_tokens", "min_tokens", "temperature", "top_p", "top_k"),
     *("min_p", "seed", "stop", "stop_token_ids", "ignore_eos", "logprobs", "return_token_ids"),
-    *("priority", "service_tier", "timeout", "cache"),
+    *("priority", "service_tier", "timeout", "cache", "mode"),
 }
 _IGNORED = {
     *("user", "store", "metadata", "safety_identifier", "parallel_tool_calls", "prediction"),
@@ -51,7 +53,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 _KNOWN = _HONOURED | _IGNORED | NEUTRAL.keys()
 COMPLETION_FIELDS = _KNOWN | {"prompt"}
-CHAT_FIELDS = _KNOWN | {"messages", "max_completion_tokens", "top_logprobs"}
+CHAT_FIELDS = _KNOWN | {"messages", "max_completion_tokens", "top_logprobs", "truncation"}
 
 _HUGE = 1 << 62
 _SEEDS = 1 << 63
@@ -66,6 +68,7 @@ class Wanted:
         max_tokens: None where not given; then `default_tokens`, or what the context has left.
         seed: None where not given.
         sampling: all the rest of the sampling; its `max_tokens` and `seed` are not resolved yet.
+        chosen: its mode; already part of `sampling` and `default_tokens`.
     """
 
     n: int
@@ -78,11 +81,17 @@ class Wanted:
     seed: int | None
     sampling: SamplingParams
     options: CallOptions
+    chosen: Chosen | None = None
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether its mode seeds it by its prompt."""
+        return self.chosen is not None and self.chosen.preset.repeatable and self.options.use_cache
 
     @property
     def deterministic(self) -> bool:
         """Whether the same request gives the same answer, so that the cache may hold it."""
-        return self.sampling.temperature == 0.0 or self.seed is not None
+        return self.sampling.temperature == 0.0 or self.seed is not None or self.repeatable
 
     @property
     def bypass(self) -> BypassReason | None:
@@ -93,9 +102,11 @@ class Wanted:
         """The seed of one choice. Greedy choices share seed 0: they are one request, and one cache entry."""
         return 0 if self.sampling.temperature == 0.0 else (base + choice) % _SEEDS
 
-    def base_seed(self) -> int:
-        """The given seed, or a new one, from which the choices of one prompt count up."""
-        return secrets.randbelow(_SEEDS) if self.seed is None else self.seed
+    def base_seed(self, prompt: Sequence[int]) -> int:
+        """The given seed, the prompt's, or a new one, from which the choices of one prompt count up."""
+        if self.seed is not None:
+            return self.seed
+        return seed_of_prompt(prompt) if self.repeatable else secrets.randbelow(_SEEDS)
 
 
 def check_model(fields: Fields, model: ModelInfo) -> None:
@@ -157,6 +168,10 @@ def _read(
     _check_neutral(fields, n)
     stream = fields.flag("stream") or False
     seed = fields.integer("seed", -_SEEDS, _SEEDS - 1)
+    options = read_options(fields, defaults, settings)
+    chosen = choose(options.mode, read_truncation(fields), settings.modes, default_tokens)
+    given = {name for name, value in fields.values.items() if value is not None}
+    sampling = _sampling(fields, model, logprobs)
     return Wanted(
         n=n,
         stream=stream,
@@ -164,10 +179,11 @@ def _read(
         stop=_stop(fields, settings),
         return_token_ids=fields.flag("return_token_ids") or False,
         max_tokens=max_tokens,
-        default_tokens=default_tokens,
+        default_tokens=default_tokens if chosen is None else chosen.preset.max_tokens,
         seed=None if seed is None else seed % _SEEDS,
-        sampling=_sampling(fields, model, logprobs),
-        options=read_options(fields, defaults, settings),
+        sampling=sampling if chosen is None else chosen.preset.sampling(sampling, given),
+        options=options,
+        chosen=chosen,
     )
 
 

@@ -1,5 +1,5 @@
-"""Priority, timeout and cache of one request: body first, then `x-pimoe-*` headers, then the defaults. And its
-tenant, a header only: whoever authenticates callers in front of pimoe sets it, and drops what a caller sends.
+"""Priority, timeout, cache and mode of one request: body first, then `x-pimoe-*` headers, then the defaults. And
+its tenant, a header only: whoever authenticates callers in front of pimoe sets it, and drops what a caller sends.
 
 `timeout` in the body of `/v2` needs care. Ours is seconds; Triton's schedule policy, which `tritonclient`
 speaks, is an integer of *microseconds*. No float is Triton's, and no integer of 100,000 or more can be
@@ -27,12 +27,14 @@ from ...runtime.errors import InvalidRequestError
 from ...runtime.requests import DEFAULT_PRIORITY
 from .context import ApiSettings
 from .fields import Fields, shown
+from .modes import MODE_NAMES, NO_MODE, ModeName, Truncation
 
 PRIORITY_HEADER = b"x-pimoe-priority"
 TIMEOUT_HEADER = b"x-pimoe-timeout"
 SERVE_TIMEOUT_HEADER = b"x-request-timeout-seconds"
 CACHE_HEADER = b"x-pimoe-cache"
 TENANT_HEADER = b"x-pimoe-tenant"
+MODE_HEADER = b"x-pimoe-mode"
 
 MICROSECONDS_FROM = 100_000
 
@@ -49,6 +51,7 @@ class CallOptions:
     Attributes:
         longest_s: what Serve's header bounds the time to, whatever the body asks for.
         tenant: the cache keeps tenants apart; empty: nobody in particular.
+        mode: the preset of a generation, see `modes.py`; None for none.
     """
 
     priority: float
@@ -56,6 +59,7 @@ class CallOptions:
     use_cache: bool
     longest_s: float = math.inf
     tenant: str = ""
+    mode: ModeName | None = None
 
     @property
     def bypass(self) -> BypassReason | None:
@@ -79,9 +83,11 @@ def from_headers(headers: dict[bytes, bytes], settings: ApiSettings) -> CallOpti
         values["cache"] = _FLAGS.get(
             headers[CACHE_HEADER].strip().lower(), headers[CACHE_HEADER].decode("latin-1")
         )
+    if MODE_HEADER in headers:
+        values["mode"] = headers[MODE_HEADER].strip().decode("latin-1")
     longest_s, tenant = _longest_s(headers), read_tenant(headers.get(TENANT_HEADER, b""))
     timeout_s = min(settings.default_timeout_s, longest_s)
-    defaults = CallOptions(DEFAULT_PRIORITY, timeout_s, True, longest_s, tenant)
+    defaults = CallOptions(DEFAULT_PRIORITY, timeout_s, True, longest_s, tenant, settings.default_mode)
     return read_options(Fields(values, "x-pimoe-"), defaults, settings) if values else defaults
 
 
@@ -107,7 +113,20 @@ def read_options(
         use_cache=defaults.use_cache if cache is None else cache,
         longest_s=defaults.longest_s,
         tenant=defaults.tenant,
+        mode=_mode(fields, defaults.mode),
     )
+
+
+def read_truncation(fields: Fields) -> Truncation | None:
+    """Whether messages may be left out, where the body says so; see `Chosen`.
+
+    Raises:
+        InvalidRequestError: neither of the two words.
+    """
+    text = fields.text("truncation")
+    if text not in (None, "auto", "disabled"):
+        raise fields.wrong("truncation", "auto or disabled")
+    return None if text is None else "auto" if text == "auto" else "disabled"
 
 
 def is_tenant(text: str) -> bool:
@@ -154,6 +173,15 @@ def _priority(fields: Fields) -> float | None:
             raise fields.wrong("priority", f"a number from 0 to 1, or one of {', '.join(NAMED_PRIORITIES)}")
         return NAMED_PRIORITIES[given]
     return fields.number("priority", 0.0, 1.0)
+
+
+def _mode(fields: Fields, default: ModeName | None) -> ModeName | None:
+    name = fields.text("mode")
+    if name is None:
+        return default
+    if name != NO_MODE and name not in MODE_NAMES:
+        raise fields.wrong("mode", f"one of {', '.join(MODE_NAMES)} or {NO_MODE}")
+    return next((known for known in MODE_NAMES if known == name), None)
 
 
 def _longest_s(headers: dict[bytes, bytes]) -> float:

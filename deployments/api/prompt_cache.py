@@ -24,13 +24,13 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import orjson
 
 from ...runtime.errors import ConfigurationError
 
-Value = array[int] | int
+Value: TypeAlias = "array[int] | int"
 Messages = Sequence[Mapping[str, Any]]
 Variables = Mapping[str, Any]
 
