@@ -11,6 +11,10 @@ PACKAGES := runtime deployments clients
 # pip says nothing for a minute while it fetches torch: let its own progress show.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
+# The load generator of the tests has demands of its own on packages that pimoe uses too. Its environment lies in
+# front of ours, so that it finds torch and transformers there and brings only what is missing or must differ.
+LOAD := $(VENV)/load_generator
+
 .PHONY: help install demo serve test check format bench clean
 
 help:  ## Show this list
@@ -45,7 +49,15 @@ demo: install  ## Start the embedded model in two expert groups, ask it, and sto
 serve: install  ## Serve the embedded model, or ARGS="FOLDER --groups 4", until Ctrl-C
 	@$(BIN)/pimoe serve $(ARGS)
 
-test: install  ## Run the tests against the installed package
+$(LOAD)/.installed: constraints.txt | $(VENV)/.installed
+	@echo "Installing the load generator of the tests into $(LOAD) ..."
+	@rm -rf $(LOAD) && $(BIN)/python -m venv $(LOAD)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$($(LOAD)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/pimoe.pth"
+	@{ $(LOAD)/bin/python -m pip --disable-pip-version-check install --quiet guidellm -c constraints.txt && touch $@; } \
+	  || { rm -rf $(LOAD); echo "guidellm could not be installed: its test will be skipped"; }
+
+test: install $(LOAD)/.installed  ## Run the tests against the installed package
 	@$(BIN)/python -m pytest $(ARGS)
 
 check: install .types/pimoe  ## Lint, types and layers
