@@ -1,0 +1,85 @@
+"""The calls of DeepSeek-V3 and R1, and of V3.1:
+
+<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME
+```json
+{...}
+```<｜tool▁call▁end｜>...<｜tool▁calls▁end｜>
+
+<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>NAME<｜tool▁sep｜>{...}<｜tool▁call▁end｜>...<｜tool▁calls▁end｜>
+"""
+
+from __future__ import annotations
+
+from .forced import Marks, ToolSet, call_by_name
+from .json_calls import JsonSpan
+from .parsing import Format, State, TextParser
+
+_ALL, _ALL_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+_ONE, _SEP, _ONE_END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
+_KIND = "function"
+
+
+class DeepSeekParser(TextParser):
+    """See the module."""
+
+    starts = (_ALL, _ONE, _ALL_END)
+
+    def begin(self, start: str) -> State:
+        """See `TextParser`."""
+        return self._read_name if start == _ONE else self.read_content
+
+    def _read_name(self) -> bool:
+        at = self.buffer.find("{")
+        if at < 0:
+            return False
+        kind, found, name = self.buffer[:at].partition(_SEP)
+        lines = (name if kind.strip() == _KIND else kind).strip().split("\n")
+        if not found or not lines[0].strip():
+            self.say(_ONE + self.buffer[:at])
+            self.state = self.read_content
+        else:
+            self.call(lines[0].strip())
+            self._span = JsonSpan()
+            self.state = self._read_arguments
+        self.buffer = self.buffer[at:]
+        return True
+
+    def _read_arguments(self) -> bool:
+        count = self._span.push(self.buffer)
+        self.argue(self.buffer[:count])
+        self.buffer = self.buffer[count:]
+        if self._span.done:
+            self.state = self._read_end
+        return bool(self.buffer)
+
+    def _read_end(self) -> bool:
+        return self.skip_until(_ONE_END, self.read_content)
+
+    def break_off(self) -> None:
+        """See `TextParser`."""
+        if self.state == self._read_name:
+            self.say(_ONE + self.buffer)
+
+
+class DeepSeek(Format):
+    """See the module."""
+
+    name = "deepseek"
+    special = (_ALL, _ALL_END, _ONE, _SEP, _ONE_END)
+
+    def matches(self, template: str) -> bool:
+        """See `ToolFormat`."""
+        return _ONE in template
+
+    def parser(self, tools: ToolSet) -> DeepSeekParser:
+        """See `ToolFormat`."""
+        return DeepSeekParser()
+
+    def forced(self, tools: ToolSet, marks: Marks, template: str) -> str | None:
+        """See `ToolFormat`."""
+        more = " one*" if tools.parallel else ""
+        start = f"start: {marks(_ALL)} one{more} {marks(_ALL_END)}\n"
+        if "```json" not in template:
+            return start + f"one: {marks(_ONE)} call {marks(_ONE_END)}\n" + call_by_name(tools, marks(_SEP))
+        one = f'one: {marks(_ONE)} "{_KIND}" {marks(_SEP)} call "\\n```" {marks(_ONE_END)}\n'
+        return start + one + call_by_name(tools, '"\\n```json\\n"')

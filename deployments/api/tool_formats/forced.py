@@ -1,0 +1,83 @@
+"""Grammars that leave a model nothing but to call: in Lark's notation, as llguidance has it.
+
+A mark that is a special token is written by its id, `<[5]>`, any other by its text; JSON schemas are inline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import orjson
+
+# A mark as a term of the grammar.
+Marks: TypeAlias = Callable[[str], str]
+
+_ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
+
+
+@dataclass(frozen=True, slots=True)
+class ToolSet:
+    """The functions of one request.
+
+    Attributes:
+        parameters: the JSON schema of each function's arguments; empty for any object.
+        forced: those of which one must be called; none: the model may answer in words.
+        parallel: whether one answer may call several times.
+    """
+
+    parameters: Mapping[str, Mapping[str, Any]]
+    forced: tuple[str, ...] = ()
+    parallel: bool = True
+
+    def schema(self, name: str) -> Mapping[str, Any]:
+        """Of a function's arguments."""
+        return self.parameters.get(name) or _ANY_OBJECT
+
+
+def quoted(text: str) -> str:
+    """A text as a term."""
+    return orjson.dumps(text).decode()
+
+
+def inline(schema: Mapping[str, Any]) -> str:
+    """A JSON schema as a term."""
+    return "%json " + orjson.dumps(schema).decode()
+
+
+def repeated(one: str, between: str, parallel: bool) -> str:
+    """The start rule: `one`, or any number of it."""
+    more = f" ({between} {one})*" if between else f" ({one})*"
+    return f"start: {one}{more if parallel else ''}\n"
+
+
+def either(tools: ToolSet) -> str:
+    """One of `call_0`, `call_1`, ...: a rule for each of the functions."""
+    return " | ".join(f"call_{at}" for at in range(len(tools.forced)))
+
+
+def call_object(tools: ToolSet, key: str) -> str:
+    """The rule `call`: a JSON object with a function's name and, under `key`, its arguments."""
+    schemas = (_call_schema(name, key, tools) for name in tools.forced)
+    return f"call: {either(tools)}\n" + "".join(
+        f"call_{at}: {inline(schema)}\n" for at, schema in enumerate(schemas)
+    )
+
+
+def call_by_name(tools: ToolSet, between: str, before: str = "") -> str:
+    """The rule `call`: a function's name, with `before` in front, then `between`, then its arguments."""
+    rules = [f"call: {either(tools)}\n"]
+    for at, name in enumerate(tools.forced):
+        rules.append(f"call_{at}: {quoted(before + name)} {between} arguments_{at}\n")
+        rules.append(f"arguments_{at}: {inline(tools.schema(name))}\n")
+    return "".join(rules)
+
+
+def _call_schema(name: str, key: str, tools: ToolSet) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {"name": {"const": name}, key: tools.schema(name)},
+        "required": ["name", key],
+        "additionalProperties": False,
+    }

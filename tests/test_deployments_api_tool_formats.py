@@ -1,0 +1,260 @@
+"""Tool calls read out of answers: each format exactly, cut at every place, broken off at every place."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pimoe.deployments.api.tool_formats import FORMATS, Parser, Part, ToolSet, format_of
+
+TOOLS = ToolSet(
+    {
+        "weather": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "days": {"type": "integer"}, "zip": {"type": "string"}},
+        },
+        "now": {},
+    }
+)
+BY_NAME = {format.name: format for format in FORMATS}
+
+Answer = tuple[str, str, list[tuple[str, str]]]  # content, reasoning, calls with their arguments
+
+
+def added_up(parts: list[Part]) -> Answer:
+    """Parts as whoever streams them adds them up; calls must be opened once, in order, with a name."""
+    content = reasoning = ""
+    calls: list[tuple[str, str]] = []
+    for part in parts:
+        content += part.content
+        reasoning += part.reasoning
+        if part.name is not None:
+            assert part.call == len(calls)
+            calls.append((part.name, ""))
+        if part.arguments:
+            assert part.call == len(calls) - 1
+            calls[-1] = (calls[-1][0], calls[-1][1] + part.arguments)
+    return content, reasoning, calls
+
+
+def read(name: str, pieces: list[str]) -> Answer:
+    parser: Parser = BY_NAME[name].parser(TOOLS)
+    return added_up([part for piece in pieces for part in parser.push(piece)] + parser.finish())
+
+
+PARIS = '{"city": "Pa\\"r{is}", "days": 2}'
+DS_ONE = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n" + PARIS + "\n```<｜tool▁call▁end｜>"
+DS31_ONE = "<｜tool▁call▁begin｜>weather<｜tool▁sep｜>" + PARIS + "<｜tool▁call▁end｜>"
+CODER = (
+    "<tool_call>\n<function=weather>\n<parameter=city>\nParis\nnord\n</parameter>\n<parameter=days>\n2\n</parameter>\n"
+    "<parameter=zip>\n75001\n</parameter>\n</function>\n</tool_call>"
+)
+CASES: dict[str, tuple[str, str, Answer]] = {
+    "hermes one": (
+        "hermes",
+        f'<tool_call>\n{{"name": "weather", "arguments": {PARIS}}}\n</tool_call>',
+        ("", "", [("weather", PARIS)]),
+    ),
+    "hermes text and two": (
+        "hermes",
+        f'I look.\n\n<tool_call>{{"arguments": {PARIS}, "name": "weather"}}</tool_call>\n'
+        '<tool_call>\n{"name": "now"}\n</tool_call>\n and that is all. ',
+        ("I look.and that is all. ", "", [("weather", PARIS), ("now", "{}")]),
+    ),
+    "hermes arguments as text": (
+        "hermes",
+        '<tool_call>{"name": "now", "arguments": "{\\"a\\": 1}"}</tool_call>',
+        ("", "", [("now", '{"a": 1}')]),
+    ),
+    "hermes arguments null": (
+        "hermes",
+        '<tool_call>{"name": "now", "arguments": null, "id": 3}</tool_call>',
+        ("", "", [("now", "{}")]),
+    ),
+    "hermes no call": ("hermes", "a <tool> < b\n\n", ("a <tool> < b\n\n", "", [])),
+    "hermes junk": (
+        "hermes",
+        'x <tool_call>\nnot json\n</tool_call> y <tool_call>{"name": "now"}</tool_call>',
+        ("x<tool_call>\nnot json\n</tool_call> y", "", [("now", "{}")]),
+    ),
+    "mistral list": (
+        "mistral",
+        f'[TOOL_CALLS] [{{"name": "weather", "arguments": {PARIS}}}, {{"name": "now", "arguments": {{}}}}]',
+        ("", "", [("weather", PARIS), ("now", "{}")]),
+    ),
+    "mistral names": (
+        "mistral",
+        f"Let me see.[TOOL_CALLS]weather[ARGS]{PARIS}[TOOL_CALLS]now[CALL_ID]abc[ARGS]{{}}",
+        ("Let me see.", "", [("weather", PARIS), ("now", "{}")]),
+    ),
+    "mistral bare names": ("mistral", f"[TOOL_CALLS]weather{PARIS}", ("", "", [("weather", PARIS)])),
+    "mistral text": ("mistral", "[1, 2] and [TOOL", ("[1, 2] and [TOOL", "", [])),
+    "llama one": ("llama", f'{{"name": "weather", "parameters": {PARIS}}}', ("", "", [("weather", PARIS)])),
+    "llama tag and two": (
+        "llama",
+        f'<|python_tag|>{{"type": "function", "name": "weather", "parameters": {PARIS}}}; '
+        '{"name": "now", "parameters": {}}',
+        ("", "", [("weather", PARIS), ("now", "{}")]),
+    ),
+    "llama other json": (
+        "llama",
+        '{"name": "Bob", "age": 3} {"name": 1}',
+        ('{"name": "Bob", "age": 3} {"name": 1}', "", []),
+    ),
+    "llama a name is no call": ("llama", ' {"name": "Bob"}', ('{"name": "Bob"}', "", [])),
+    "llama text": ("llama", ' I say {"a": 1}', (' I say {"a": 1}', "", [])),
+    "deepseek v3": (
+        "deepseek",
+        f"<｜tool▁calls▁begin｜>{DS_ONE}\n{DS_ONE}<｜tool▁calls▁end｜>",
+        ("", "", [("weather", PARIS)] * 2),
+    ),
+    "deepseek v3.1": (
+        "deepseek",
+        f"I look.<｜tool▁calls▁begin｜>{DS31_ONE}{DS31_ONE}<｜tool▁calls▁end｜>",
+        ("I look.", "", [("weather", PARIS)] * 2),
+    ),
+    "deepseek text": ("deepseek", "a <｜tool b", ("a <｜tool b", "", [])),
+    "harmony": (
+        "harmony",
+        "<|channel|>analysis<|message|>I think <b>.<|end|><|start|>assistant<|channel|>final<|message|>Hello < you",
+        ("Hello < you", "I think <b>.", []),
+    ),
+    "harmony calls": (
+        "harmony",
+        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary<|message|>I look.<|end|>"
+        f"<|start|>assistant<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{PARIS}<|call|>"
+        "<|start|>assistant to=functions.now<|channel|>commentary json<|message|>{}",
+        ("I look.", "Hm.", [("weather", PARIS), ("now", "{}")]),
+    ),
+    "harmony without channels": ("harmony", "plain", ("plain", "", [])),
+    "qwen3-coder": (
+        "qwen3-coder",
+        f"So:\n{CODER}\n<tool_call>\n<function=now>\n</function>\n</tool_call>",
+        ("So:", "", [("weather", '{"city":"Paris\\nnord","days":2,"zip":"75001"}'), ("now", "{}")]),
+    ),
+    "qwen3-coder junk": ("qwen3-coder", "<tool_call>x</tool_call>", ("<tool_call>x</tool_call>", "", [])),
+}
+
+
+@pytest.fixture(params=list(CASES))
+def case(request: pytest.FixtureRequest) -> tuple[str, str, Answer]:
+    return CASES[request.param]
+
+
+def test_whole(case: tuple[str, str, Answer]) -> None:
+    name, text, expected = case
+    assert read(name, [text]) == expected
+
+
+def test_character_by_character(case: tuple[str, str, Answer]) -> None:
+    name, text, expected = case
+    assert read(name, list(text)) == expected
+
+
+def test_cut_at_every_place(case: tuple[str, str, Answer]) -> None:
+    name, text, expected = case
+    for at in range(len(text) + 1):
+        assert read(name, [text[:at], text[at:]]) == expected, at
+    places = range(0, len(text) + 1, 1 + len(text) // 40)
+    for first, second in combinations(places, 2):
+        assert read(name, [text[:first], text[first:second], text[second:]]) == expected, (first, second)
+
+
+def spans(text: str, mark: str) -> list[tuple[int, int]]:
+    return [(at, at + len(mark)) for at in range(len(text)) if text.startswith(mark, at)]
+
+
+def test_broken_off_at_every_place_it_gives_a_beginning(case: tuple[str, str, Answer]) -> None:
+    """Of the calls that the whole gives; a last one may lack characters, never have others."""
+    name, text, (_, reasoning, calls) = case
+    marks = [span for mark in BY_NAME[name].special for span in spans(text, mark)]
+    for at in range(len(text)):
+        if any(start < at < end for start, end in marks):  # a special token comes whole
+            continue
+        whole = read(name, [text[:at]])
+        assert whole == read(name, list(text[:at])), at
+        assert reasoning.startswith(whole[1])
+        assert len(whole[2]) <= len(calls)
+        for (function, given), (expected, arguments) in zip(whole[2], calls, strict=False):
+            assert function == expected
+            assert arguments.startswith(given) or given == "{}"
+
+
+def test_arguments_are_given_as_they_come() -> None:
+    for name in ("hermes one", "mistral list", "mistral names", "llama one", "deepseek v3", "deepseek v3.1"):
+        format, text, _ = CASES[name]
+        parser = BY_NAME[format].parser(TOOLS)
+        end = text.index('"days"')
+        before = added_up([part for char in text[:end] for part in parser.push(char)])
+        assert before[2] == [("weather", PARIS[: PARIS.index('"days"')])]
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.sampled_from(sorted(BY_NAME)),
+    st.lists(
+        st.sampled_from(
+            [
+                *("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", '{"name"', ": ", '"f"', "}", "{", "]", "["),
+                *(', "arguments": ', ', "parameters": ', "\n", " ", ";", "<", "x", "\\", '"', "<|python_tag|>", "null"),
+                *("<|channel|>", "final", "analysis", " to=functions.f", "<|message|>", "<|end|>", "<|start|>"),
+                *("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "function"),
+                *("<function=f>", "<parameter=k>", "</parameter>", "</function>"),
+            ]
+        ),
+        max_size=14,
+    ),
+    st.data(),
+)
+def test_anything_at_all_reads_the_same_however_it_is_cut(name: str, words: list[str], data: Any) -> None:
+    text = "".join(words)
+    expected = read(name, [text])
+    assert read(name, list(text)) == expected
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=3)))
+    assert read(name, [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]) == expected
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.text(max_size=5), st.recursive(st.none() | st.text() | st.integers(), st.lists), max_size=3))
+def test_any_arguments_pass_through(arguments: dict[str, Any]) -> None:
+    for name in ("hermes", "mistral", "llama", "deepseek", "harmony"):
+        for ascii in (True, False):
+            given = json.dumps(arguments, ensure_ascii=ascii)
+            written = {
+                "hermes": f'<tool_call>{{"name": "f", "arguments": {given}}}</tool_call>',
+                "mistral": f'[TOOL_CALLS][{{"name": "f", "arguments": {given}}}]',
+                "llama": f'{{"name": "f", "parameters": {given}}}',
+                "deepseek": f"<｜tool▁call▁begin｜>f<｜tool▁sep｜>{given}<｜tool▁call▁end｜>",
+                "harmony": f"<|channel|>commentary to=functions.f<|message|>{given}",
+            }[name]
+            if any(mark in given for mark in BY_NAME[name].special):
+                continue
+            assert read(name, list(written))[2] == [("f", given)]
+
+
+TEMPLATES = {
+    "hermes": "{% if tools %}<tool_call>\n{\"name\": <function-name>, \"arguments\": <args>}\n</tool_call>{% endif %}",
+    "qwen3-coder": "<tool_call>\n<function=example>\n<parameter=p>",
+    "mistral": "{{ '[TOOL_CALLS]' }}",
+    "llama": '<|start_header_id|>{"name": function name, "parameters": dictionary}',
+    "deepseek": "{{'<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>'}}",
+    "harmony": "<|start|>assistant<|channel|>final<|message|>",
+}
+
+
+def test_templates_tell_their_format() -> None:
+    for name, template in TEMPLATES.items():
+        found = format_of(template)
+        assert found is not None
+        assert found.name == name
+    assert format_of("{{ messages[0].content }}") is None
+
+
+def test_ids_are_what_templates_accept() -> None:
+    seed = "0123456789abcdef" * 2
+    assert BY_NAME["mistral"].call_id(seed) == "012345678"
+    assert BY_NAME["hermes"].call_id(seed) == "call_" + seed[:24]
