@@ -189,7 +189,7 @@ class GatewayReplica:
                 "prefetch": self._prefetcher.statistics()._asdict(),
             },
             "routers": self._pool.statistics()._asdict(),
-            "prompts": None if self.prompts is None else self.prompts.cache.statistics()._asdict(),
+            "prompts": None if self.prompts is None else self.prompts.statistics()._asdict(),
             "requests": self._metrics.snapshot(),
             "refused_settings": self._live.refused,
         }

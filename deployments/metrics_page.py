@@ -106,6 +106,7 @@ def _cache_families(gateways: Sequence[Replica]) -> Iterator[Metric]:
     yield from (requests, bypassed, dropped, superseded, entries, sizes)
     yield from _second_level_families([g for g in gateways if g["cache"]["second"] is not None])
     yield from _prefetch_families(gateways)
+    yield from _prompt_families([gateway for gateway in gateways if gateway.get("prompts")])
 
 
 def _second_level_families(gateways: Sequence[Replica]) -> Iterator[Metric]:
@@ -133,6 +134,27 @@ def _prefetch_families(gateways: Sequence[Replica]) -> Iterator[Metric]:
         for name in ("predicted", "warmed", "useful", "wasted", "cancelled", "failed"):
             events.add_metric([name, gateway["id"]], gateway["cache"]["prefetch"][name])
     yield events
+
+
+_PROMPTS: tuple[tuple[str, str, str, Callable[..., Any]], ...] = (
+    ("evicted", "pimoe_prompt_cache_evicted", "Prompts of chats that made room for others", _COUNTER),
+    ("entries", "pimoe_prompt_cache_entries", "Prompts of chats held as token ids", _GAUGE),
+    ("bytes", "pimoe_prompt_cache_bytes", "Memory of them", _GAUGE),
+    ("trimmed_chats", "pimoe_chats_trimmed", "Chats that their mode made shorter", _COUNTER),
+    ("trimmed_messages", "pimoe_chat_messages_trimmed", "Messages left out of them", _COUNTER),
+)
+
+
+def _prompt_families(gateways: Sequence[Replica]) -> Iterator[Metric]:
+    labels = ["replica"]
+    lookups = CounterMetricFamily(
+        "pimoe_prompt_cache_lookups", "Prompts and counts of tokens asked for", labels=["outcome", *labels]
+    )
+    for gateway in gateways:
+        lookups.add_metric(["hit", gateway["id"]], gateway["prompts"]["hits"])
+        lookups.add_metric(["miss", gateway["id"]], gateway["prompts"]["misses"])
+    yield lookups
+    yield from _scalars(_PROMPTS, [([gateway["id"]], gateway["prompts"]) for gateway in gateways], labels)
 
 
 # Routers ---------------------------------------------------------------------------------------------------------

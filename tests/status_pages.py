@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from cache_backend import Backend
-from fake_gateway import MODEL
+from fake_gateway import MODEL, ByteCodec
 from fake_second_level import FakeSecondLevel
+from pimoe.deployments.api.prompt_cache import ChatPrompts
 from pimoe.deployments.gateway import _plain, _sum_queues
 from pimoe.deployments.metrics import GatewayMetrics
 from pimoe.deployments.totals import add_up
@@ -104,6 +105,7 @@ def gateway(
         "pid": 4_194_303,
         "state": "running",
         "cache": {**_plain(backend.statistics()), "prefetch": prefetcher.statistics()._asdict()},
+        "prompts": ChatPrompts(ByteCodec()).statistics()._asdict(),
         "requests": {
             **counts,
             "statuses": [list(entry) for entry in requests],

@@ -177,11 +177,10 @@ def test_whatever_the_conversation(messages: list[Message], newest: int, budget:
     assert count(tuple(kept)) <= budget or set(kept) == least
     spoken = [i for i in kept if messages[i]["role"] not in ("system", "developer")]
     if newest and users and len(spoken) > newest:
-        # Only where the turn under way is longer; it may answer calls from before it, and then keeps those too.
-        late = [i for i in range(users[-1], len(messages)) if messages[i]["role"] == "tool"]
-        begins = min([users[-1], *(caller for i in late if (caller := caller_of(messages, i)) is not None)])
-        before = [i for i in users if i <= begins]
-        assert spoken[0] >= (max(before) if before else 0)
+        # Only where no earlier turn could go: each that begins later would part a result from its call.
+        for turn in (i for i in users if spoken[0] < i):
+            late = [i for i in range(turn, len(messages)) if messages[i]["role"] == "tool"]
+            assert any((caller := caller_of(messages, i)) is not None and caller < turn for i in late)
 
     again = [messages[i] for i in kept]
     assert list(trim(again, newest, budget, counter(again))) == list(range(len(again)))

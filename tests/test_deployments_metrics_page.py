@@ -54,6 +54,12 @@ PROMISED = {
     "pimoe_cache_entries": {"replica"},
     "pimoe_cache_bytes": {"kind", "replica"},
     "pimoe_cache_prefetch_total": {"event", "replica"},
+    "pimoe_prompt_cache_lookups_total": {"outcome", "replica"},
+    "pimoe_prompt_cache_evicted_total": {"replica"},
+    "pimoe_prompt_cache_entries": {"replica"},
+    "pimoe_prompt_cache_bytes": {"replica"},
+    "pimoe_chats_trimmed_total": {"replica"},
+    "pimoe_chat_messages_trimmed_total": {"replica"},
 }
 SECOND = {
     "pimoe_cache_second_lookups_total": {"outcome", "replica"},

@@ -90,8 +90,11 @@ async def chat_prompt(
     """
     chars = sum(len(said(message)) for message in chat.messages)
     if chars >= _THREAD_FROM_CHARS:
-        return await asyncio.to_thread(prepare, prompts, chat, chosen, limits)
-    return prepare(prompts, chat, chosen, limits)
+        made = await asyncio.to_thread(prepare, prompts, chat, chosen, limits)
+    else:
+        made = prepare(prompts, chat, chosen, limits)
+    prompts.count_trimmed(made.messages - len(made.kept))
+    return made
 
 
 def prepare(prompts: ChatPrompts, chat: Chat, chosen: Chosen | None, limits: tuple[int, int | None]) -> ChatPrompt:

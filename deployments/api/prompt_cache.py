@@ -92,13 +92,25 @@ class PromptCacheLimits:
 
 
 class PromptCacheStatistics(NamedTuple):
-    """Counts since the start, and what is held now."""
+    """Look-ups and evictions since the start, and what is held now."""
 
     hits: int
     misses: int
     evicted: int
     entries: int
     bytes: int
+
+
+class ChatStatistics(NamedTuple):
+    """`PromptCacheStatistics`, how many chats were trimmed, and by how many messages in all."""
+
+    hits: int
+    misses: int
+    evicted: int
+    entries: int
+    bytes: int
+    trimmed_chats: int
+    trimmed_messages: int
 
 
 class PromptCache:
@@ -152,6 +164,7 @@ class ChatPrompts:
         self._codec = codec
         self._reads_clock = reads_clock
         self.cache = cache or PromptCache()
+        self._trimmed_chats = self._trimmed_messages = 0
 
     def token_ids(self, chat: Chat, max_chars: int = sys.maxsize) -> Sequence[int] | None:
         """The token ids of a chat; None where its text is longer than `max_chars`, and then not tokenized.
@@ -172,6 +185,16 @@ class ChatPrompts:
             found = len(self._codec.encode(text, add_special_tokens=False))
             self.cache.put(key, found)
         return found
+
+    def count_trimmed(self, messages: int) -> None:
+        """Notes for the statistics that a chat was made shorter by `messages`; on the event loop's thread only."""
+        if messages:
+            self._trimmed_chats += 1
+            self._trimmed_messages += messages
+
+    def statistics(self) -> ChatStatistics:
+        """See `ChatStatistics`."""
+        return ChatStatistics(*self.cache.statistics(), self._trimmed_chats, self._trimmed_messages)
 
     def _ids(self, key: bytes | None, render: Callable[[], str], max_chars: int) -> array[int] | None:
         found = None if key is None else self.cache.get(key)
