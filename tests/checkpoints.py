@@ -17,7 +17,7 @@ from transformers.utils import logging
 logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
-FAMILIES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+FAMILIES = ("deepseek_v2", "deepseek_v3", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 96,
@@ -33,7 +33,34 @@ _COMMON: dict[str, Any] = {
     "pad_token_id": None,
     "dtype": "float32",
 }
+_DEEPSEEK: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "n_routed_experts": 6,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 20,
+    "q_lora_rank": 28,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "routed_scaling_factor": 1.3,
+}
 _BY_FAMILY: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {**_DEEPSEEK, "n_shared_experts": 2},
+    "deepseek_v3": {**_DEEPSEEK, "n_shared_experts": 1, "n_group": 3, "topk_group": 2},
+    "gpt_oss": {
+        "num_local_experts": 6,
+        "head_dim": 16,
+        "sliding_window": 6,
+        "swiglu_limit": 0.8,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 8.0,
+            "truncate": False,
+            "original_max_position_embeddings": 32,
+        },
+    },
     "mixtral": {"num_local_experts": 6},
     "olmoe": {"num_experts": 6},
     "qwen2_moe": {"num_experts": 6, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 32},
@@ -64,6 +91,9 @@ def make_checkpoint(
                 parameter.uniform_(0.5, 1.5)
             else:
                 parameter.normal_(0.0, initial_std)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, initial_std)
     dtype = getattr(torch, str(config.dtype).removeprefix("torch."))
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     return folder

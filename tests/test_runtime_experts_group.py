@@ -15,11 +15,12 @@ from custom_experts import ScaleExpert
 from pimoe.runtime.errors import CheckpointError, InvalidTensorError
 from pimoe.runtime.experts import layers
 from pimoe.runtime.experts.group import ExpertGroup
-from pimoe.runtime.experts.layers import GatedExperts
+from pimoe.runtime.experts.layers import ClampedExperts, GatedExperts, StackedExperts
 from pimoe.runtime.model.checkpoint import Checkpoint
 from pimoe.runtime.model.families import read_spec
 from pimoe.runtime.model.layer_model import write_layer_model
 from pimoe.runtime.model.safetensors_header import read_header
+from pimoe.runtime.model.spec import ExpertSpec
 from pimoe.runtime.routing.plan import ExpertRows
 from torch import Tensor, nn
 
@@ -39,6 +40,13 @@ class ReadingCheckpoint(Checkpoint):
         self.read_names.append(name)
         tensor = super().read(name, *args, **kwargs)
         self.read_bytes += self._entry(name).nbytes
+        return tensor
+
+    def read_slice(self, name: str, start: int, stop: int, *args: Any, **kwargs: Any) -> Tensor:
+        """See `Checkpoint`."""
+        self.read_names.append(f"{name}[{start}:{stop}]")
+        tensor = super().read_slice(name, start, stop, *args, **kwargs)
+        self.read_bytes += tensor.nbytes
         return tensor
 
 
@@ -141,9 +149,20 @@ def test_half_precision_experts_sum_in_float32(tmp_path: Path, dtype: torch.dtyp
 
 
 def own_bytes(folder: Path, experts: tuple[int, ...]) -> int:
-    spec, checkpoint = read_spec(Checkpoint(folder)).experts, Checkpoint(folder)
-    names = [name for layer in spec.moe_layers for e in experts for name in spec.tensor_names(layer, e)]
-    return sum(torch.Size(checkpoint.shape(name)).numel() * 4 for name in names)
+    spec = read_spec(Checkpoint(folder)).experts
+    return 4 * spec.parameters_per_expert * len(experts) * len(spec.moe_layers)
+
+
+def own_pieces(spec: ExpertSpec, experts: tuple[int, ...]) -> list[str]:
+    """Names of tensors, with the rows of those that are shared."""
+    pieces: list[str] = []
+    for layer in spec.moe_layers:
+        for expert in experts:
+            if spec.stacked is None:
+                pieces += spec.tensor_names(layer, expert)
+            else:
+                pieces += [f"{name}[{expert}:{expert + 1}]" for name in spec.stacked.names(layer)]
+    return pieces
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -154,25 +173,29 @@ def test_a_group_reads_and_holds_the_bytes_of_its_own_experts_only(
     checkpoint = ReadingCheckpoint(decoder_folders[family])
     spec = read_spec(checkpoint).experts
     group = ExpertGroup.load(checkpoint, spec, experts, torch.float32)
-    own = [name for layer in spec.moe_layers for e in experts for name in spec.tensor_names(layer, e)]
-    assert sorted(checkpoint.read_names) == sorted(own)
+    assert sorted(checkpoint.read_names) == sorted(own_pieces(spec, experts))
     assert checkpoint.read_bytes == group.weights_bytes == own_bytes(decoder_folders[family], experts)
     everyone = own_bytes(decoder_folders[family], tuple(range(6)))
     assert group.weights_bytes * 6 == everyone * len(experts)
 
 
-def test_what_other_experts_bytes_are_does_not_matter(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_what_other_experts_bytes_are_does_not_matter(family: str, tmp_path: Path) -> None:
     """Every byte of the file that is not its own becomes 0xFF, a NaN in any dtype; the group must not notice."""
-    folder = make_checkpoint("qwen3_moe", tmp_path)
+    folder = make_checkpoint(family, tmp_path)
     experts = (1, 4)
     intact = load(folder, experts)
     spec = read_spec(Checkpoint(folder)).experts
-    own = {name for layer in spec.moe_layers for e in experts for name in spec.tensor_names(layer, e)}
+    own = set(own_pieces(spec, experts))
     file = folder / "model.safetensors"
     content = bytearray(file.read_bytes())
     for name, entry in read_header(file).entries.items():
-        if name not in own:
-            content[entry.offset : entry.offset + entry.nbytes] = b"\xff" * entry.nbytes
+        rows = entry.shape[0] if spec.stacked is not None else 1
+        for row in range(rows):
+            if name not in own and f"{name}[{row}:{row + 1}]" not in own:
+                size = entry.nbytes // rows
+                start = entry.offset + row * size
+                content[start : start + size] = b"\xff" * size
     file.write_bytes(content)
 
     loaded = load(folder, experts)
@@ -260,19 +283,23 @@ def test_statistics_count_what_was_computed(layer_folder: Path) -> None:
 # Kernels.
 
 
-def random_experts(dtype: torch.dtype, hidden: int, inner: int, count: int) -> GatedExperts:
+def random_experts(dtype: torch.dtype, hidden: int, inner: int, count: int, kind: str = "gated") -> StackedExperts:
     generator = torch.Generator().manual_seed(hidden + inner)
-    gate_up = torch.randn(count, 2 * inner, hidden, generator=generator) / hidden**0.5
-    down = torch.randn(count, hidden, inner, generator=generator) / inner**0.5
-    return GatedExperts(gate_up.to(dtype), down.to(dtype), "silu")
+    gate_up = (torch.randn(count, 2 * inner, hidden, generator=generator) / hidden**0.5).to(dtype)
+    down = (torch.randn(count, hidden, inner, generator=generator) / inner**0.5).to(dtype)
+    if kind == "gated":
+        return GatedExperts(gate_up, down, "silu")
+    biases = (torch.randn(count, size, generator=generator).to(dtype) for size in (2 * inner, hidden))
+    return ClampedExperts(gate_up, down, (next(biases), next(biases)), 1.702, 0.9)
 
 
+@pytest.mark.parametrize("kind", ["gated", "clamped"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("hidden", "inner"), [(128, 128), (48, 24), (32, 8), (256, 64)])
-def test_loop_and_grouped_kernel_agree_bit_for_bit(dtype: torch.dtype, hidden: int, inner: int) -> None:
+def test_loop_and_grouped_kernel_agree_bit_for_bit(dtype: torch.dtype, hidden: int, inner: int, kind: str) -> None:
     """Two replicas may be calibrated differently, and a request moves between them unnoticed."""
     for count in (1, 5):
-        experts = random_experts(dtype, hidden, inner, count)
+        experts = random_experts(dtype, hidden, inner, count, kind)
         for pairs in (1, 2, 7, 33, 130):
             rng = np.random.default_rng(pairs)
             ids = np.sort(rng.integers(0, count, pairs))

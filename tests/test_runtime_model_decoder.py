@@ -62,6 +62,34 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral one kv head": ("mixtral", {"num_key_value_heads": 1, "head_dim": 8}),
     "olmoe clipped": ("olmoe", {"clip_qkv": 0.7}),
     "olmoe all kv heads": ("olmoe", {"num_key_value_heads": 4, "norm_topk_prob": True}),
+    "deepseek v2 without query rank": ("deepseek_v2", {"q_lora_rank": None}),
+    "deepseek v2 by groups": (
+        "deepseek_v2",
+        {"topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 2, "num_experts_per_tok": 3},
+    ),
+    "deepseek v2 without dense layers": ("deepseek_v2", {"first_k_dense_replace": 0, "n_shared_experts": 1}),
+    "deepseek v2 yarn": (
+        "deepseek_v2",
+        {"rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}, "attention_bias": True},
+    ),
+    "deepseek v2 tied": ("deepseek_v2", {"tie_word_embeddings": True, "hidden_act": "gelu"}),
+    "deepseek v3 without query rank": ("deepseek_v3", {"q_lora_rank": None, "attention_bias": True}),
+    "deepseek v3 ungrouped": ("deepseek_v3", {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 4}),
+    "deepseek v3 one group of two": ("deepseek_v3", {"n_group": 2, "topk_group": 1, "num_experts_per_tok": 3}),
+    "deepseek v3 not renormalized": ("deepseek_v3", {"norm_topk_prob": False}),
+    "deepseek v3 half rotation": ("deepseek_v3", {"rope_interleave": False}),
+    "deepseek v3 yarn": (
+        "deepseek_v3",
+        {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}, "first_k_dense_replace": 2},
+    ),
+    "deepseek v3 tied, biased": ("deepseek_v3", {"tie_word_embeddings": True, "attention_bias": True}),
+    "gpt-oss by type": (
+        "gpt_oss",
+        {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 3},
+    ),
+    "gpt-oss default rope": ("gpt_oss", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
+    "gpt-oss all kv heads": ("gpt_oss", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "gpt-oss without attention bias": ("gpt_oss", {"attention_bias": False, "swiglu_limit": 7.0}),
 }
 
 
@@ -210,8 +238,10 @@ async def test_half_precision_stays_near_the_reference(variant: str, dtype: torc
     logits = [await run(model, cache, [(slot, 0, tokens[:12])], torch.arange(12))]
     logits += [await run(model, cache, [(slot, start, [tokens[start]])]) for start in range(12, 24)]
     truth = exact.reference(tokens)
-    ours, theirs = (torch.cat(logits) - truth).abs().mean(), (model.reference(tokens) - truth).abs().mean()
-    # Both round along the way, differently; ours must not be further from float32 than theirs is.
+    # Both round along the way, differently; ours must not be further from float32 than theirs is. The median of
+    # the tokens: where rounding makes one choose another expert is chance.
+    ours = (torch.cat(logits) - truth).abs().mean(-1).median()
+    theirs = (model.reference(tokens) - truth).abs().mean(-1).median()
     assert ours < 1.3 * theirs
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..errors import CheckpointError, InvalidTensorError
 from ..model.checkpoint import Checkpoint
-from ..model.layer_model import load_custom_expert
 from ..model.spec import ExpertSpec
 from ..routing.plan import ExpertRows
-from .layers import CustomExperts, GatedExperts, LayerExperts
+from .layers import LayerExperts
+from .loading import load_layers
 
 
 class GroupStatistics(NamedTuple):
@@ -58,9 +58,7 @@ class ExpertGroup:
         """
         if unknown := [expert for expert in experts if not 0 <= expert < spec.num_experts]:
             raise CheckpointError(f"experts {unknown} are not in the model, which has {spec.num_experts}")
-        load = _load_gated if spec.custom_class is None else _load_custom
-        layers = {layer: load(checkpoint, spec, layer, experts, dtype, device) for layer in spec.moe_layers}
-        _calibrate(layers)
+        layers = load_layers(checkpoint, spec, experts, dtype, device)
         return cls(experts, layers, spec.hidden_size)
 
     @property
@@ -129,33 +127,3 @@ def _partial_sums(layer: LayerExperts, rows: ExpertRows, num_experts: int) -> Te
         return partial.index_add_(0, token_index, weighted)
     # On a GPU index_add_ adds in any order. This sorts first: a dispatch that is sent again gives the same bits.
     return partial.index_put_((token_index,), weighted, accumulate=True)
-
-
-def _load_gated(
-    checkpoint: Checkpoint, spec: ExpertSpec, layer: int, experts: Sequence[int], dtype: torch.dtype, device: str
-) -> LayerExperts:
-    inner, hidden = spec.intermediate_size, spec.hidden_size
-    gate_up = torch.empty(len(experts), 2 * inner, hidden, dtype=dtype, device=device)
-    down = torch.empty(len(experts), hidden, inner, dtype=dtype, device=device)
-    for local, expert in enumerate(experts):
-        names = spec.tensor_names(layer, expert)
-        gate_up[local, :inner] = checkpoint.read(names.gate, dtype, (inner, hidden))
-        gate_up[local, inner:] = checkpoint.read(names.up, dtype, (inner, hidden))
-        down[local] = checkpoint.read(names.down, dtype, (hidden, inner))
-    return GatedExperts(gate_up, down, spec.activation)
-
-
-def _load_custom(
-    checkpoint: Checkpoint, spec: ExpertSpec, layer: int, experts: Sequence[int], dtype: torch.dtype, device: str
-) -> LayerExperts:
-    modules = [load_custom_expert(checkpoint, spec, layer, expert, dtype, device) for expert in experts]
-    return CustomExperts(modules, dtype)
-
-
-def _calibrate(layers: Mapping[int, LayerExperts]) -> None:
-    """Layers of one model have one shape: measure the first, and let the others follow it."""
-    gated = [layer for layer in layers.values() if isinstance(layer, GatedExperts)]
-    for layer in gated[:1]:
-        layer.calibrate()
-    for layer in gated[1:]:
-        layer.grouped_from_pairs = gated[0].grouped_from_pairs

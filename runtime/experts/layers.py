@@ -7,6 +7,7 @@ Every kind takes rows already sorted by expert: `hidden [pairs, hidden]` where l
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -41,28 +42,36 @@ class LayerExperts(Protocol):
         ...
 
 
-class GatedExperts:
-    """Stacked gated feed-forward experts: `down(activation(gate(x)) * up(x))`.
+class StackedExperts(ABC):
+    """Feed-forward experts of one shape, stacked: `down(combine(gate_up(x)))`; kinds differ in `_combine`.
 
     Args:
         gate_up: `[experts, 2 * intermediate, hidden]`, gate rows first.
         down: `[experts, hidden, intermediate]`.
+        biases: `[experts, 2 * intermediate]` and `[experts, hidden]`, added to the two products; or None.
+
+    Attributes:
+        grouped_from_pairs: from so many rows on, grouped GEMM is used and not a loop.
     """
 
-    def __init__(self, gate_up: Tensor, down: Tensor, activation: Activation) -> None:
+    def __init__(self, gate_up: Tensor, down: Tensor, biases: tuple[Tensor, Tensor] | None = None) -> None:
         self.gate_up = gate_up
         self.down = down
-        self._activation = ACTIVATION_FUNCTIONS[activation]
+        self.biases = biases
         # grouped_mm wants rows of whole 16 bytes, on the CPU too.
         self._can_group = all(weight.shape[2] * weight.itemsize % 16 == 0 for weight in (gate_up, down))
         # On a GPU one grouped kernel beats a launch per expert; only bfloat16 has such a kernel everywhere.
         grouped = self._can_group and gate_up.is_cuda and gate_up.dtype is torch.bfloat16
         self.grouped_from_pairs = 0 if grouped else _NEVER
 
+    @abstractmethod
+    def _combine(self, gate: Tensor, up: Tensor) -> Tensor:
+        """What goes into the second product; both `[rows, intermediate]`, and may be overwritten."""
+
     @property
     def weights_bytes(self) -> int:
         """See `LayerExperts`."""
-        return self.gate_up.nbytes + self.down.nbytes
+        return sum(tensor.nbytes for tensor in (self.gate_up, self.down, *(self.biases or ())))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,15 +90,27 @@ class GatedExperts:
         outputs = []
         for expert in np.flatnonzero(np.diff(bounds)).tolist():
             projected = F.linear(hidden[limits[expert] : limits[expert + 1]], self.gate_up[expert])
-            gate, up = projected.chunk(2, dim=-1)
-            outputs.append(F.linear(self._activation(gate) * up, self.down[expert]))
+            if self.biases is not None:  # added afterwards, so that both kernels round alike
+                projected += self.biases[0][expert]
+            out = F.linear(self._combine(*projected.chunk(2, dim=-1)), self.down[expert])
+            if self.biases is not None:
+                out += self.biases[1][expert]
+            outputs.append(out)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def forward_grouped(self, hidden: Tensor, bounds: Int32) -> Tensor:
         """Two grouped GEMMs over all experts."""
         ends = torch.from_numpy(bounds[1:]).to(hidden.device)
-        gate, up = F.grouped_mm(hidden, self.gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-        return F.grouped_mm(self._activation(gate) * up, self.down.transpose(1, 2), offs=ends)
+        projected = F.grouped_mm(hidden, self.gate_up.transpose(1, 2), offs=ends)
+        if self.biases is None:
+            combined = self._combine(*projected.chunk(2, dim=-1))
+            return F.grouped_mm(combined, self.down.transpose(1, 2), offs=ends)
+        counts = torch.from_numpy(np.diff(bounds).astype(np.int64)).to(hidden.device)
+        projected += self.biases[0].repeat_interleave(counts, 0, output_size=hidden.shape[0])
+        combined = self._combine(*projected.chunk(2, dim=-1))
+        out = F.grouped_mm(combined, self.down.transpose(1, 2), offs=ends)
+        out += self.biases[1].repeat_interleave(counts, 0, output_size=hidden.shape[0])
+        return out
 
     def calibrate(self) -> None:
         """Find from how many rows on grouped GEMM beats the loop here, and use it from there.
@@ -109,6 +130,46 @@ class GatedExperts:
             if grouped_s >= 0.95 * loop_s:
                 return
             self.grouped_from_pairs = pairs
+
+
+class GatedExperts(StackedExperts):
+    """Gated feed-forward experts: `down(activation(gate(x)) * up(x))`.
+
+    Args:
+        gate_up, down: see `StackedExperts`.
+    """
+
+    def __init__(self, gate_up: Tensor, down: Tensor, activation: Activation) -> None:
+        super().__init__(gate_up, down)
+        self._activation = ACTIVATION_FUNCTIONS[activation]
+
+    def _combine(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self._activation(gate) * up
+
+
+class ClampedExperts(StackedExperts):
+    """Biased experts with a clamped SwiGLU, as gpt-oss has (see `StackedSpec`).
+
+    Args:
+        gate_up, down, biases: see `StackedExperts`.
+        alpha: factor inside the sigmoid.
+        limit: of the gate from above and of up on both sides.
+    """
+
+    def __init__(
+        self, gate_up: Tensor, down: Tensor, biases: tuple[Tensor, Tensor], alpha: float, limit: float
+    ) -> None:
+        super().__init__(gate_up, down, biases)
+        self._alpha, self._limit = alpha, limit
+
+    def _combine(self, gate: Tensor, up: Tensor) -> Tensor:
+        gate.clamp_(max=self._limit)
+        up.clamp_(-self._limit, self._limit)
+        # The last bit of a sigmoid depends on where a vector register's end falls. In rows that do not touch each
+        # other it falls alike in every row, so that a row's result does not depend on those beside it.
+        apart = gate.new_empty(gate.shape[0], gate.shape[1] + 1)[:, :-1]
+        torch.mul(gate, self._alpha, out=apart)
+        return (up + 1) * (gate * torch.sigmoid(apart))
 
 
 def _best_time_s(function: Callable[[], Tensor]) -> float:

@@ -24,11 +24,13 @@ class AttentionWeights:
         qkv: `[(heads + 2 * kv_heads) * head_dim, hidden]`, queries, keys, values.
         output: `[hidden, heads * head_dim]`.
         qk_norm: scales of the norm of queries and keys: `[heads + kv_heads, head_dim]`.
+        sinks: `[heads]`, see `sink_attention`.
     """
 
     qkv: Linear
     output: Linear
     qk_norm: Tensor | None
+    sinks: Tensor | None = None
 
 
 class Attention:
@@ -45,7 +47,13 @@ class Attention:
         self.num_heads, self.num_kv_heads, self.head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
         self._spec = spec
         self._attend = CachedAttention(
-            layer, spec.num_heads, spec.num_kv_heads, spec.head_dim, window=spec.sliding_windows[layer]
+            layer,
+            spec.num_heads,
+            spec.num_kv_heads,
+            spec.head_dim,
+            scale=spec.softmax_scale,
+            window=spec.sliding_windows[layer],
+            sinks=weights.sinks,
         )
 
     def __call__(self, hidden: Tensor, step: Step, rotary: tuple[Tensor, Tensor], cache: KVCache) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .kv_cache import KVCache
+from .sink_attention import attend_with_sinks
 from .step import DecodeRead, PrefillRead, Step
 
 
@@ -24,6 +25,7 @@ class CachedAttention:
         value_dim: of each head's output; where values are not given, they are so many first numbers of the keys.
         scale: of the scores; None for `key_dim ** -0.5`.
         window: how many tokens a token sees, itself included; None: all before it.
+        sinks: `[heads]` logits of places in the softmax where nothing is read (see `sink_attention`), or None.
     """
 
     def __init__(
@@ -34,10 +36,12 @@ class CachedAttention:
         value_dim: int,
         scale: float | None = None,
         window: int | None = None,
+        sinks: Tensor | None = None,
     ) -> None:
         self.layer = layer
         self.num_heads, self.num_kv_heads, self.value_dim = num_heads, num_kv_heads, value_dim
         self.scale, self.window = scale, window
+        self._sinks = None if sinks is None else sinks.view(num_kv_heads, -1)
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor | None, step: Step, cache: KVCache) -> Tensor:
         """Stores the new tokens and attends.
@@ -79,7 +83,7 @@ class CachedAttention:
             # With one query per KV head the CPU's bfloat16 kernel takes a path five times slower than with two.
             grouped = grouped.expand(-1, -1, 2, -1)
         keys, values = cache.read(self.layer, read.read)
-        attended = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=read.mask, scale=self.scale)
+        attended = self._dot_product(grouped, keys, values, self._sinks, read.mask, False)
         return attended[:, :, :group].reshape(count, self.num_heads, -1)
 
     def _prefill(self, queries: Tensor, keys: Tensor, values: Tensor, read: PrefillRead, cache: KVCache) -> Tensor:
@@ -92,12 +96,27 @@ class CachedAttention:
         else:
             keys, values = (tensor[0] for tensor in cache.read(self.layer, read.read))
         group = grouped.shape[1]
-        attended = F.scaled_dot_product_attention(
+        attended = self._dot_product(
             grouped,
             keys.unsqueeze(1).expand(-1, group, -1, -1),
             values.unsqueeze(1).expand(-1, group, -1, -1),
-            attn_mask=read.mask,
-            is_causal=read.read is None,
-            scale=self.scale,
+            None if self._sinks is None else self._sinks.unsqueeze(-1),
+            read.mask,
+            read.read is None,
         )
         return attended.permute(2, 0, 1, 3).reshape(count, self.num_heads, -1)
+
+    def _dot_product(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        sinks: Tensor | None,
+        mask: Tensor | None,
+        causal: bool,
+    ) -> Tensor:
+        if sinks is not None:
+            return attend_with_sinks(queries, keys, values, sinks, mask, causal, self.scale)
+        return F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, is_causal=causal, scale=self.scale
+        )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -71,19 +72,35 @@ class Checkpoint:
         Raises:
             CheckpointError: no such tensor, another shape, or the file changed since it was opened.
         """
-        entry = self._entry(name)
-        if expected_shape is not None and entry.shape != tuple(expected_shape):
+        entry = self._checked(name, expected_shape)
+        tensor = _read_bytes(name, entry, 0, entry.nbytes).view(entry.dtype).view(entry.shape)
+        return tensor if dtype is None else tensor.to(dtype)
+
+    def read_slice(
+        self,
+        name: str,
+        start: int,
+        stop: int,
+        dtype: torch.dtype | None = None,
+        expected_shape: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """`tensor[start:stop]` along the first dimension, as `read`; only the bytes of those rows are read.
+
+        Args:
+            start, stop: `0 <= start <= stop <= shape[0]`.
+            expected_shape: that of the whole tensor.
+
+        Raises:
+            CheckpointError: as `read`, and for rows that the tensor does not have.
+        """
+        entry = self._checked(name, expected_shape)
+        if not entry.shape or not 0 <= start <= stop <= entry.shape[0]:
             raise CheckpointError(
-                f"{entry.file}: tensor {name!r} has shape {list(entry.shape)}, expected {list(expected_shape)}"
+                f"{entry.file}: tensor {name!r} of shape {list(entry.shape)} has no rows {start} to {stop}"
             )
-        # Read rather than mapped: a mapping that someone truncates kills the process with SIGBUS.
-        raw = torch.empty(entry.nbytes, dtype=torch.uint8)
-        try:
-            with entry.file.open("rb", buffering=0) as stream:
-                _read_into(stream, entry.offset, raw.numpy().data)
-        except (OSError, EOFError) as error:
-            raise CheckpointError(f"{entry.file}: tensor {name!r} cannot be read ({error})") from error
-        tensor = raw.view(entry.dtype).view(entry.shape)
+        row_bytes = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+        raw = _read_bytes(name, entry, start * row_bytes, (stop - start) * row_bytes)
+        tensor = raw.view(entry.dtype).view(stop - start, *entry.shape[1:])
         return tensor if dtype is None else tensor.to(dtype)
 
     def optional_json(self, file_name: str) -> Mapping[str, Any] | None:
@@ -122,6 +139,14 @@ class Checkpoint:
             return self._entries[name]
         except KeyError:
             raise CheckpointError(f"{self.folder}: no tensor {name!r} in any safetensors file") from None
+
+    def _checked(self, name: str, expected_shape: tuple[int, ...] | None) -> TensorEntry:
+        entry = self._entry(name)
+        if expected_shape is not None and entry.shape != tuple(expected_shape):
+            raise CheckpointError(
+                f"{entry.file}: tensor {name!r} has shape {list(entry.shape)}, expected {list(expected_shape)}"
+            )
+        return entry
 
     def _bytes(self, file_name: str) -> bytes:
         try:
@@ -170,6 +195,18 @@ class Checkpoint:
                 raise CheckpointError(f"{self.folder / file_name}: no tensor {name!r}, which the index promises")
             entries[name] = entry
         return headers, entries
+
+
+def _read_bytes(name: str, entry: TensorEntry, offset: int, nbytes: int) -> Tensor:
+    """`nbytes` bytes from byte `offset` of a tensor, as uint8."""
+    # Read rather than mapped: a mapping that someone truncates kills the process with SIGBUS.
+    raw = torch.empty(nbytes, dtype=torch.uint8)
+    try:
+        with entry.file.open("rb", buffering=0) as stream:
+            _read_into(stream, entry.offset + offset, raw.numpy().data)
+    except (OSError, EOFError) as error:
+        raise CheckpointError(f"{entry.file}: tensor {name!r} cannot be read ({error})") from error
+    return raw
 
 
 def _read_into(stream: Any, offset: int, buffer: memoryview) -> None:

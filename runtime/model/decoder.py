@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..routing.strategies import Routing, RoutingStrategy, TopKSoftmax
+from ..routing.strategies import Routing, RoutingStrategy
 from .attention import Attention
 from .checkpoint import Checkpoint
 from .feed_forward import GatedFeedForward, SharedExpert
 from .kv_cache import BLOCK_TOKENS, KVCache, KVLayout
+from .latent_attention import LatentAttention, read_latent_weights
 from .rope import RotaryTable
 from .spec import DecoderSpec
 from .step import ForwardBatch, Segment, Step, plan_step
@@ -41,7 +42,7 @@ class DecoderLayer:
     """One layer. `dense` is set where the layer has no experts; `shared` where every token passes one."""
 
     attention_norm: Tensor
-    attention: Attention
+    attention: Attention | LatentAttention
     feed_forward_norm: Tensor
     dense: GatedFeedForward | None
     shared: SharedExpert | None
@@ -62,12 +63,11 @@ class Decoder:
         self._embedding = weights.read("model.embed_tokens.weight", spec.vocab_size, spec.hidden_size)
         self._layers = [_read_layer(spec, weights, layer) for layer in range(spec.num_layers)]
         self.gates: dict[int, RoutingStrategy] = {
-            layer: TopKSoftmax(weights.gate(layer), spec.top_k, spec.renormalize, spec.round_gate_weights)
-            for layer in spec.experts.moe_layers
+            layer: weights.strategy(layer) for layer in spec.experts.moe_layers
         }
         self._norm = weights.norm("model.norm")
         self._head = weights.head(self._embedding)
-        self._rotary = RotaryTable(spec.rope, spec.head_dim, device)
+        self._rotary = RotaryTable(spec.rope, spec.rotary_dim, device)
         self.weights_bytes = weights.nbytes
 
     @classmethod
@@ -96,7 +96,7 @@ class Decoder:
     def kv_layout(self) -> KVLayout:
         """What a cache keeps of each token."""
         spec = self.spec
-        return KVLayout(spec.num_layers, spec.num_kv_heads, spec.head_dim, spec.head_dim)
+        return KVLayout(spec.num_layers, spec.cached_heads, spec.cached_key_dim, spec.cached_value_dim)
 
     def new_cache(self, num_blocks: int, block_tokens: int = BLOCK_TOKENS) -> KVCache:
         """An empty KV cache for this model."""
@@ -174,11 +174,17 @@ def _read_layer(spec: DecoderSpec, weights: TrunkWeights, layer: int) -> Decoder
     prefix, has_experts = f"model.layers.{layer}", layer in spec.experts.moe_layers
     return DecoderLayer(
         attention_norm=weights.norm(f"{prefix}.input_layernorm"),
-        attention=Attention(layer, spec, weights.attention(layer)),
+        attention=_read_attention(spec, weights, layer),
         feed_forward_norm=weights.norm(f"{prefix}.post_attention_layernorm"),
         dense=None if has_experts else weights.dense(layer),
         shared=weights.shared_expert(layer) if has_experts else None,
     )
+
+
+def _read_attention(spec: DecoderSpec, weights: TrunkWeights, layer: int) -> Attention | LatentAttention:
+    if spec.latent is None:
+        return Attention(layer, spec, weights.attention(layer))
+    return LatentAttention(layer, spec, spec.latent, read_latent_weights(weights, spec, spec.latent, layer))
 
 
 async def _through_experts(

@@ -41,17 +41,19 @@ class GatedFeedForward:
 
 
 class SharedExpert:
-    """An expert that every token passes, weighted by a sigmoid of its own gate (Qwen2-MoE).
+    """An expert that every token passes, weighted by a sigmoid of its own gate where it has one (Qwen2-MoE has).
 
     Args:
         network: the expert.
-        gate: `[1, hidden]`.
+        gate: `[1, hidden]`, or None.
     """
 
-    def __init__(self, network: GatedFeedForward, gate: Tensor) -> None:
+    def __init__(self, network: GatedFeedForward, gate: Tensor | None = None) -> None:
         self.network = network
         self.gate = gate
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """`[tokens, hidden]` -> `[tokens, hidden]`."""
+        if self.gate is None:
+            return self.network(hidden)
         return torch.sigmoid(F.linear(hidden, self.gate)) * self.network(hidden)

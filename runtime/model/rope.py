@@ -103,6 +103,12 @@ class RotaryTable:
         return both.unsqueeze(2)
 
 
+def pairs_to_halves(rows: Tensor) -> Tensor:
+    """Weights whose outputs are turned in pairs side by side, reordered for `rotate`: `[..., dims, in]`, the even
+    dimensions before the odd ones. Scores do not change while queries and keys are reordered alike."""
+    return torch.cat((rows[..., 0::2, :], rows[..., 1::2, :]), -2)
+
+
 def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Turns the first half of every head's dimensions against the second (the layout of Hugging Face).
 

@@ -6,72 +6,30 @@ the same folder and so holds the same spec.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+import math
+from dataclasses import dataclass
+from typing import Literal
 
-from ..errors import ConfigurationError
+from .expert_spec import ACTIVATIONS, Activation, ExpertSpec, GatedNames, StackedNames, StackedSpec
+from .spec_checks import among, positive, wrong
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
-ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "relu")
+__all__ = [
+    "ACTIVATIONS",
+    "DTYPES",
+    "Activation",
+    "DecoderSpec",
+    "ExpertSpec",
+    "GateSpec",
+    "GatedNames",
+    "LatentSpec",
+    "LayerSpec",
+    "ModelSpec",
+    "RopeSpec",
+    "StackedNames",
+    "StackedSpec",
+]
+
 DTYPES: tuple[str, ...] = ("float32", "bfloat16", "float16")
-
-
-class GatedNames(NamedTuple):
-    """The tensor names of one gated expert: `down(act(gate(x)) * up(x))`."""
-
-    gate: str
-    up: str
-    down: str
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertSpec:
-    """What an expert group needs to know of the model.
-
-    Attributes:
-        intermediate_size: rows of `gate` and `up`; 0 for custom experts.
-        activation: of gated experts; "silu" for custom ones, where nobody reads it.
-        moe_layers: indices of the layers that have experts, ascending.
-        gate, up, down: tensor names of gated experts, with the fields `{layer}` and `{expert}`.
-        custom_class: import path "package.module:Class" of an nn.Module `[tokens, hidden] -> [tokens, hidden]`;
-            None for gated experts.
-        custom_kwargs: keyword arguments of that class.
-        custom_prefix: what stands before the class's own parameter names, with the same two fields.
-    """
-
-    num_experts: int
-    hidden_size: int
-    intermediate_size: int
-    activation: Activation
-    moe_layers: tuple[int, ...]
-    gate: str = ""
-    up: str = ""
-    down: str = ""
-    custom_class: str | None = None
-    custom_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    custom_prefix: str = ""
-
-    def __post_init__(self) -> None:
-        _positive(self, "num_experts", "hidden_size")
-        _among(self, "activation", ACTIVATIONS)
-        if not self.moe_layers or list(self.moe_layers) != sorted(set(self.moe_layers)):
-            raise _wrong(self, "moe_layers", "at least one layer index, ascending")
-        if self.custom_class is None:
-            _positive(self, "intermediate_size")
-            templates = [self.gate, self.up, self.down]
-        else:
-            templates = [self.custom_prefix]
-        if any("{expert}" not in template for template in templates):
-            raise ConfigurationError(f"ExpertSpec: every tensor name needs {{expert}}, got {templates}")
-
-    def tensor_names(self, layer: int, expert: int) -> GatedNames:
-        """The names of a gated expert's tensors: `[intermediate, hidden]` twice, then `[hidden, intermediate]`."""
-        return GatedNames(*(name.format(layer=layer, expert=expert) for name in (self.gate, self.up, self.down)))
-
-    def prefix(self, layer: int, expert: int) -> str:
-        """What stands before the parameter names of a custom expert, such as "experts.3."."""
-        return self.custom_prefix.format(layer=layer, expert=expert)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +54,79 @@ class RopeSpec:
     truncate: bool = True
 
     def __post_init__(self) -> None:
-        _positive(self, "theta", "factor", "attention_factor")
-        _among(self, "kind", ("default", "linear", "llama3", "yarn"))
+        positive(self, "theta", "factor", "attention_factor")
+        among(self, "kind", ("default", "linear", "llama3", "yarn"))
         if self.kind in ("llama3", "yarn"):
-            _positive(self, "original_max_tokens")
+            positive(self, "original_max_tokens")
         if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
-            raise _wrong(self, "low_freq_factor", f"above 0 and below high_freq_factor {self.high_freq_factor}")
+            raise wrong(self, "low_freq_factor", f"above 0 and below high_freq_factor {self.high_freq_factor}")
+
+
+@dataclass(frozen=True, slots=True)
+class GateSpec:
+    """How tokens choose their experts, beyond `DecoderSpec.top_k` and `renormalize`.
+
+    Attributes:
+        name: the gate's name behind `DecoderSpec.moe_prefix`; its matrix is `<name>.weight`.
+        kind: "softmax" over all experts, then the best ones (`strategies.TopKSoftmax`); "softmax_of_top_k", the
+            best ones, then a softmax over them, with a bias `<name>.bias` (`strategies.SoftmaxOfTopK`);
+            "group_limited" (`grouped.GroupLimitedTopK`).
+        rounds_weights: whether the weights are rounded to the model's dtype; "softmax" only.
+        scores, correction_bias, groups, top_groups, scaling: of `grouped.GroupLimitedTopK`; the bias is
+            `<name>.e_score_correction_bias`.
+    """
+
+    name: str = "gate"
+    kind: Literal["softmax", "softmax_of_top_k", "group_limited"] = "softmax"
+    rounds_weights: bool = True
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    correction_bias: bool = False
+    groups: int = 1
+    top_groups: int = 1
+    scaling: float = 1.0
+
+    def __post_init__(self) -> None:
+        among(self, "kind", ("softmax", "softmax_of_top_k", "group_limited"))
+        among(self, "scores", ("softmax", "sigmoid"))
+        positive(self, "groups", "scaling")
+        if not 1 <= self.top_groups <= self.groups:
+            raise wrong(self, "top_groups", f"1 to groups {self.groups}")
+
+    def check(self, num_experts: int, top_k: int) -> None:
+        """Raises ConfigurationError where the groups cannot hold `top_k` of `num_experts` experts."""
+        if num_experts % self.groups:
+            raise wrong(self, "groups", f"a divisor of num_experts {num_experts}")
+        if num_experts // self.groups * self.top_groups < top_k:
+            raise wrong(self, "top_groups", f"enough groups of {num_experts // self.groups} experts for {top_k}")
+
+
+@dataclass(frozen=True, slots=True)
+class LatentSpec:
+    """Multi-head latent attention: keys and values of all heads are projections of one small vector per token, and
+    only that is cached (DeepSeek-V2, arXiv 2405.04434).
+
+    Attributes:
+        kv_rank: size of that vector.
+        query_rank: the queries go through a vector of this size too; None without one.
+        plain_dim: dimensions of a head's queries and keys that no position turns.
+        rope_dim: those that the position turns; their keys are shared by all heads.
+        value_dim: of a head's values.
+        interleaved: whether the turned dimensions are stored as pairs side by side, not half against half.
+    """
+
+    kv_rank: int
+    query_rank: int | None
+    plain_dim: int
+    rope_dim: int
+    value_dim: int
+    interleaved: bool
+
+    def __post_init__(self) -> None:
+        positive(self, "kv_rank", "plain_dim", "rope_dim", "value_dim")
+        if self.query_rank is not None:
+            positive(self, "query_rank")
+        if self.rope_dim % 2:
+            raise wrong(self, "rope_dim", "an even number, as rotary embeddings turn pairs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +137,19 @@ class DecoderSpec:
         family: the config's `model_type`.
         max_context_tokens: prompt and generated tokens together.
         dtype: the config's, or that of the stored tensors: "float32", "bfloat16" or "float16".
-        round_gate_weights: whether the gate's weights are rounded to the model's dtype.
+        gate: how experts are chosen.
+        head_dim: of a query and a key; with `latent`, `plain_dim + rope_dim` of it.
+        latent: set for multi-head latent attention. `num_kv_heads`, `qk_norm` and `clip_qkv` do not count then.
+        softmax_scale: factor of the attention scores; 0 for the usual `head_dim ** -0.5`.
+        attention_sinks: each head has a logit of its own, `self_attn.sinks`, in its softmax, with nothing to read
+            there (arXiv 2309.17453, as in gpt-oss).
         qk_norm: RMS norm of queries and keys: none, over each head, or over the whole projection.
         clip_qkv: queries, keys and values are clamped to plus and minus this.
         sliding_windows: per layer, how many tokens a token sees, itself included; None sees all before it.
         dense_intermediate_size: of the layers that are not in `experts.moe_layers`; 0 where there are none.
         shared_expert_size: intermediate size of the expert that every token passes; 0 without one.
+        shared_expert: its name behind `moe_prefix`.
+        shared_expert_gate: whether it is weighted by a gate of its own, `<name>_gate`.
         moe_prefix: what stands before the gate's and the shared expert's names, with the field `{layer}`.
     """
 
@@ -135,7 +167,10 @@ class DecoderSpec:
     top_k: int
     renormalize: bool
     experts: ExpertSpec
-    round_gate_weights: bool = True
+    gate: GateSpec = GateSpec()
+    latent: LatentSpec | None = None
+    softmax_scale: float = 0.0
+    attention_sinks: bool = False
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
@@ -144,39 +179,66 @@ class DecoderSpec:
     sliding_windows: tuple[int | None, ...] = ()
     dense_intermediate_size: int = 0
     shared_expert_size: int = 0
+    shared_expert: str = "shared_expert"
+    shared_expert_gate: bool = True
     eos_token_ids: tuple[int, ...] = ()
     moe_prefix: str = "model.layers.{layer}.mlp."
 
     def __post_init__(self) -> None:
-        _positive(self, "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
-        _positive(self, "max_context_tokens", "norm_eps", "top_k")
-        _among(self, "dtype", DTYPES)
-        _among(self, "qk_norm", ("none", "head", "full"))
+        positive(self, "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+        positive(self, "max_context_tokens", "norm_eps", "top_k")
+        among(self, "dtype", DTYPES)
+        among(self, "qk_norm", ("none", "head", "full"))
         if self.num_heads % self.num_kv_heads:
-            raise _wrong(self, "num_heads", f"a multiple of num_kv_heads {self.num_kv_heads}")
-        if self.head_dim % 2:
-            raise _wrong(self, "head_dim", "an even number, as rotary embeddings turn pairs")
+            raise wrong(self, "num_heads", f"a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.rotary_dim % 2:
+            raise wrong(self, "head_dim", "an even number, as rotary embeddings turn pairs")
+        if self.latent is not None and self.head_dim != self.latent.plain_dim + self.latent.rope_dim:
+            raise wrong(self, "head_dim", "the sum of the latent attention's plain_dim and rope_dim")
+        if not self.softmax_scale:
+            object.__setattr__(self, "softmax_scale", 1 / math.sqrt(self.head_dim))
         if self.top_k > self.experts.num_experts:
-            raise _wrong(self, "top_k", f"at most num_experts {self.experts.num_experts}")
+            raise wrong(self, "top_k", f"at most num_experts {self.experts.num_experts}")
+        self.gate.check(self.experts.num_experts, self.top_k)
         if self.experts.moe_layers[-1] >= self.num_layers:
-            raise _wrong(self, "num_layers", f"above every one of the MoE layers {self.experts.moe_layers}")
+            raise wrong(self, "num_layers", f"above every one of the MoE layers {self.experts.moe_layers}")
         if self.dense_layers:
-            _positive(self, "dense_intermediate_size")
+            positive(self, "dense_intermediate_size")
         if not self.sliding_windows:
             object.__setattr__(self, "sliding_windows", (None,) * self.num_layers)
         if len(self.sliding_windows) != self.num_layers or any(
             w is not None and w < 1 for w in self.sliding_windows
         ):
-            raise _wrong(self, "sliding_windows", f"{self.num_layers} windows above 0, or None")
+            raise wrong(self, "sliding_windows", f"{self.num_layers} windows above 0, or None")
 
     @property
     def dense_layers(self) -> tuple[int, ...]:
         """Indices of the layers with one feed-forward network instead of experts."""
         return tuple(sorted(set(range(self.num_layers)) - set(self.experts.moe_layers)))
 
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that positions turn."""
+        return self.head_dim if self.latent is None else self.latent.rope_dim
+
+    @property
+    def cached_heads(self) -> int:
+        """Heads whose keys the KV cache holds."""
+        return self.num_kv_heads if self.latent is None else 1
+
+    @property
+    def cached_key_dim(self) -> int:
+        """Numbers per cached key."""
+        return self.head_dim if self.latent is None else self.latent.kv_rank + self.latent.rope_dim
+
+    @property
+    def cached_value_dim(self) -> int:
+        """Numbers per cached value; 0 where the values are the first numbers of the keys."""
+        return self.head_dim if self.latent is None else 0
+
     def gate_name(self, layer: int) -> str:
         """The name of a layer's gate matrix `[experts, hidden]`."""
-        return f"{self.moe_prefix.format(layer=layer)}gate.weight"
+        return f"{self.moe_prefix.format(layer=layer)}{self.gate.name}.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,27 +254,10 @@ class LayerSpec:
     family: str = "pimoe_layer"
 
     def __post_init__(self) -> None:
-        _positive(self, "hidden_size", "top_k")
-        _among(self, "dtype", DTYPES)
+        positive(self, "hidden_size", "top_k")
+        among(self, "dtype", DTYPES)
         if self.top_k > self.experts.num_experts:
-            raise _wrong(self, "top_k", f"at most num_experts {self.experts.num_experts}")
+            raise wrong(self, "top_k", f"at most num_experts {self.experts.num_experts}")
 
 
 ModelSpec = DecoderSpec | LayerSpec
-
-
-def _wrong(spec: object, name: str, expected: str) -> ConfigurationError:
-    return ConfigurationError(
-        f"{type(spec).__name__}: {name} = {getattr(spec, name)!r}; expected {expected}", name
-    )
-
-
-def _positive(spec: object, *names: str) -> None:
-    for name in names:
-        if not getattr(spec, name) > 0:
-            raise _wrong(spec, name, "a number above 0")
-
-
-def _among(spec: object, name: str, options: tuple[str, ...]) -> None:
-    if getattr(spec, name) not in options:
-        raise _wrong(spec, name, f"one of {', '.join(options)}")

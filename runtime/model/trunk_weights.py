@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..routing.grouped import GroupLimitedTopK
+from ..routing.strategies import RoutingStrategy, SoftmaxOfTopK, TopKSoftmax
 from .attention import AttentionWeights
 from .checkpoint import Checkpoint
 from .feed_forward import GatedFeedForward, SharedExpert
 from .linear import Linear
+from .quantized import read_weight
 from .spec import DecoderSpec
 
 
@@ -32,7 +35,10 @@ class TrunkWeights:
 
     def read(self, name: str, *shape: int) -> Tensor:
         """One tensor. Raises CheckpointError where it is missing or has another shape; so do all below."""
-        tensor = self._checkpoint.read(name, self._dtype, shape).to(self._device)
+        return self._read(name, self._dtype, shape)
+
+    def _read(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        tensor = read_weight(self._checkpoint, name, dtype, shape, self._spec.experts.fp8_block).to(self._device)
         self.nbytes += tensor.nbytes
         return tensor
 
@@ -43,6 +49,30 @@ class TrunkWeights:
     def gate(self, layer: int) -> Tensor:
         """The gate matrix `[experts, hidden]`."""
         return self.read(self._spec.gate_name(layer), self._spec.experts.num_experts, self._spec.hidden_size)
+
+    def strategy(self, layer: int) -> RoutingStrategy:
+        """How the layer's tokens choose their experts."""
+        spec, gate = self._spec, self._spec.gate
+        if gate.kind == "softmax":
+            return TopKSoftmax(self.gate(layer), spec.top_k, spec.renormalize, gate.rounds_weights)
+        name = spec.gate_name(layer)
+        if gate.kind == "softmax_of_top_k":
+            bias = self.read(f"{name.removesuffix('weight')}bias", spec.experts.num_experts)
+            return SoftmaxOfTopK(self.gate(layer), bias, spec.top_k)
+        correction = None
+        if gate.correction_bias:
+            bias_name = f"{name.removesuffix('weight')}e_score_correction_bias"
+            correction = self._read(bias_name, torch.float32, (spec.experts.num_experts,))
+        return GroupLimitedTopK(
+            self._read(name, torch.float32, (spec.experts.num_experts, spec.hidden_size)),
+            spec.top_k,
+            gate.scores,
+            correction,
+            gate.groups,
+            gate.top_groups,
+            spec.renormalize,
+            gate.scaling,
+        )
 
     def head(self, embedding: Tensor) -> Linear:
         """The projection to logits: a matrix of its own, or the embedding `[vocab, hidden]` once more."""
@@ -67,7 +97,8 @@ class TrunkWeights:
         output = self.read(f"{prefix}.o_proj.weight", spec.hidden_size, spec.num_heads * spec.head_dim)
         if spec.output_bias:
             output_bias = self.read(f"{prefix}.o_proj.bias", spec.hidden_size)
-        return AttentionWeights(Linear(qkv, qkv_bias), Linear(output, output_bias), self._qk_norm(prefix))
+        sinks = self.read(f"{prefix}.sinks", spec.num_heads) if spec.attention_sinks else None
+        return AttentionWeights(Linear(qkv, qkv_bias), Linear(output, output_bias), self._qk_norm(prefix), sinks)
 
     def dense(self, layer: int) -> GatedFeedForward:
         """The feed-forward network of a layer without experts."""
@@ -77,8 +108,10 @@ class TrunkWeights:
         """The expert that every token passes, in families that have one."""
         if not self._spec.shared_expert_size:
             return None
-        prefix = f"{self._spec.moe_prefix.format(layer=layer)}shared_expert"
+        prefix = f"{self._spec.moe_prefix.format(layer=layer)}{self._spec.shared_expert}"
         network = self._feed_forward(f"{prefix}.", self._spec.shared_expert_size)
+        if not self._spec.shared_expert_gate:
+            return SharedExpert(network)
         return SharedExpert(network, self.read(f"{prefix}_gate.weight", 1, self._spec.hidden_size))
 
     def _feed_forward(self, prefix: str, intermediate_size: int) -> GatedFeedForward:

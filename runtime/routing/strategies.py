@@ -70,3 +70,30 @@ class TopKSoftmax:
         if self.round_weights and self.weight.dtype is not torch.float32:
             weights = weights.to(self.weight.dtype).float()
         return Routing(expert_ids, weights)
+
+
+class SoftmaxOfTopK:
+    """The `top_k` largest logits, then a softmax over just those (the gate of gpt-oss).
+
+    Args:
+        weight: `[experts, hidden]` gate matrix in the model's dtype.
+        bias: `[experts]`, added to the logits.
+        top_k: experts per token.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, top_k: int) -> None:
+        self.weight = weight
+        self.bias = bias
+        self.top_k = top_k
+
+    @property
+    def num_experts(self) -> int:
+        """Rows of the gate matrix."""
+        return self.weight.shape[0]
+
+    def __call__(self, hidden: Tensor) -> Routing:
+        """See `RoutingStrategy`."""
+        logits, expert_ids = torch.nn.functional.linear(hidden, self.weight, self.bias).topk(self.top_k, dim=-1)
+        weights = torch.softmax(logits, dim=-1, dtype=torch.float32)
+        # The reference rounds them to the model's dtype.
+        return Routing(expert_ids, weights.to(self.weight.dtype).float())

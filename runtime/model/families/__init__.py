@@ -14,11 +14,14 @@ from collections.abc import Callable, Mapping
 from ...errors import UnknownFamilyError
 from ..checkpoint import Checkpoint
 from ..config_fields import ConfigFields
-from ..spec import ModelSpec
-from . import layer, mixtral, olmoe, qwen2_moe, qwen3_moe
+from ..spec import DTYPES, ModelSpec
+from . import deepseek, gpt_oss, layer, mixtral, olmoe, qwen2_moe, qwen3_moe
 from .common import FamilyInput
 
 FAMILIES: Mapping[str, Callable[[FamilyInput], ModelSpec]] = {
+    "deepseek_v2": deepseek.read_v2,
+    "deepseek_v3": deepseek.read_v3,
+    "gpt_oss": gpt_oss.read,
     "mixtral": mixtral.read,
     "olmoe": olmoe.read,
     "pimoe_layer": layer.read,
@@ -46,6 +49,7 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> str:
-    """The dtype of the first tensor, such as "bfloat16"; families look only where the config names none."""
-    names = checkpoint.names
-    return str(checkpoint.dtype(names[0])).removeprefix("torch.") if names else "float32"
+    """The dtype of the first tensor that is stored in one to compute in; families look only where the config names
+    none."""
+    stored = (str(checkpoint.dtype(name)).removeprefix("torch.") for name in checkpoint.names)
+    return next((dtype for dtype in stored if dtype in DTYPES), "float32")

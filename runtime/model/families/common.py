@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -83,14 +84,20 @@ class FamilyInput:
     stored_dtype: str
 
 
-def common_fields(source: FamilyInput, norm_eps: float, rope_theta: float = 10_000.0) -> CommonFields:
-    """The fields read alike by every family; `norm_eps` and `rope_theta` are the family's defaults.
+def common_fields(
+    source: FamilyInput, norm_eps: float, rope_theta: float = 10_000.0, handled: Collection[str] = ()
+) -> CommonFields:
+    """The fields read alike by every family.
+
+    Args:
+        norm_eps, rope_theta: the family's defaults.
+        handled: fields of `REFUSED` that the family reads itself.
 
     Raises:
         ConfigurationError: a field is missing, malformed, or would change numbers and is not implemented.
     """
     config = source.config
-    config.refuse(REFUSED)
+    config.refuse({name: harmless for name, harmless in REFUSED.items() if name not in handled})
     hidden_size, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     trained_tokens = config.integer("max_position_embeddings")
     rope = read_rope(config, trained_tokens, rope_theta)
@@ -134,11 +141,60 @@ def num_experts(config: ConfigFields) -> int:
     return config.integer("num_experts", "num_local_experts")
 
 
+def count(config: ConfigFields, name: str, default: int) -> int:
+    """A whole number, 0 included."""
+    values = config.integers(name)
+    if len(values) > 1:
+        raise config.error(name, values, "a whole number")
+    return values[0] if values else default
+
+
+def fp8_block(config: ConfigFields) -> tuple[int, int] | None:
+    """Rows and columns that share a scale in a checkpoint of FP8 weights; None where nothing is quantized.
+
+    Raises:
+        ConfigurationError: any other quantization.
+    """
+    values = config.get("quantization_config")
+    if not values:
+        return None
+    quantization = ConfigFields(
+        values if isinstance(values, dict) else {}, f"{config.source}: quantization_config"
+    )
+    block = quantization.integers("weight_block_size")
+    if quantization.get("quant_method") != "fp8" or len(block) != 2 or min(block) < 1:
+        raise ConfigurationError(
+            f"{config.source}: quantization_config = {values!r} is not supported by pimoe, which reads 'fp8' with "
+            f"a weight_block_size of two numbers",
+            "quantization_config",
+        )
+    return block[0], block[1]
+
+
+def sliding_layers(config: ConfigFields, num_layers: int) -> list[bool] | None:
+    """Which layers attend to a sliding window, by `layer_types`; None where the config has none."""
+    kinds = config.get("layer_types")
+    if kinds is None:
+        return None
+    known = {"full_attention", "sliding_attention"}
+    if not isinstance(kinds, list) or not set(map(str, kinds)) <= known or len(kinds) != num_layers:
+        raise config.error("layer_types", kinds, f"{num_layers} of full_attention, sliding_attention")
+    return [kind == "sliding_attention" for kind in kinds]
+
+
 def sparse_layers(config: ConfigFields, num_layers: int) -> tuple[int, ...]:
     """The layers that have experts: every `decoder_sparse_step`-th, less those in `mlp_only_layers`."""
     step = config.integer("decoder_sparse_step", default=1)
     dense = set(config.integers("mlp_only_layers"))
     return tuple(layer for layer in range(num_layers) if (layer + 1) % step == 0 and layer not in dense)
+
+
+def rope_fields(config: ConfigFields) -> ConfigFields:
+    """The object that says how positions are stretched, under either of its spellings."""
+    values = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(values, dict):
+        raise config.error("rope_parameters", values, "an object")
+    return ConfigFields(values, f"{config.source}: rope_parameters")
 
 
 def read_rope(config: ConfigFields, max_context_tokens: int, default_theta: float) -> RopeSpec:
@@ -147,14 +203,11 @@ def read_rope(config: ConfigFields, max_context_tokens: int, default_theta: floa
     Raises:
         ConfigurationError: a kind that pimoe lacks ("dynamic", "longrope", ...) or malformed parameters.
     """
-    values = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(values, dict):
-        raise config.error("rope_parameters", values, "an object")
-    rope = ConfigFields(values, f"{config.source}: rope_parameters")
+    rope = rope_fields(config)
     kind = rope.text("rope_type", "type", default="default")
     theta = rope.number("rope_theta", default=config.number("rope_theta", default=default_theta))
     rope.refuse({"partial_rotary_factor": (1, 1.0), "mrope_section": ()})
-    if any(isinstance(value, dict) for value in values.values()):
+    if any(isinstance(value, dict) for value in rope.values.values()):
         raise ConfigurationError(f"{rope.source}: one rotary embedding per kind of layer is not supported")
     if kind == "default":
         return RopeSpec(theta=theta)
@@ -185,9 +238,9 @@ def _yarn(rope: ConfigFields, theta: float, original_max_tokens: int, max_contex
     factor = rope.number("factor", default=max_context_tokens / original_max_tokens)
     scale, scale_all = rope.optional_number("mscale"), rope.optional_number("mscale_all_dim")
     if scale and scale_all:
-        attention_factor = _yarn_magnitude(factor, scale) / _yarn_magnitude(factor, scale_all)
+        attention_factor = yarn_magnitude(factor, scale) / yarn_magnitude(factor, scale_all)
     else:
-        attention_factor = _yarn_magnitude(factor, 1.0)
+        attention_factor = yarn_magnitude(factor, 1.0)
     return RopeSpec(
         "yarn",
         theta,
@@ -200,5 +253,6 @@ def _yarn(rope: ConfigFields, theta: float, original_max_tokens: int, max_contex
     )
 
 
-def _yarn_magnitude(factor: float, scale: float) -> float:
+def yarn_magnitude(factor: float, scale: float) -> float:
+    """What YaRN multiplies with where the context is stretched by `factor` (arXiv 2309.00071, section 3.4)."""
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0

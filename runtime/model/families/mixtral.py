@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..spec import DecoderSpec, ExpertSpec
+from ..spec import DecoderSpec, ExpertSpec, GateSpec
 from .common import FamilyInput, activation, common_fields, num_experts
 
 
@@ -24,7 +24,7 @@ def read(source: FamilyInput) -> DecoderSpec:
         **common,
         experts=experts,
         renormalize=True,
-        round_gate_weights=False,
+        gate=GateSpec(rounds_weights=False),
         sliding_windows=(window,) * common["num_layers"],
         moe_prefix="model.layers.{layer}.block_sparse_moe.",
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..config_fields import ConfigFields
 from ..spec import DecoderSpec, ExpertSpec
-from .common import FamilyInput, activation, common_fields, num_experts, sparse_layers
+from .common import FamilyInput, activation, common_fields, num_experts, sliding_layers, sparse_layers
 
 
 def read(source: FamilyInput) -> DecoderSpec:
@@ -34,18 +34,10 @@ def read(source: FamilyInput) -> DecoderSpec:
 def _sliding_windows(config: ConfigFields, num_layers: int) -> tuple[int | None, ...]:
     """`layer_types` where given, else every second one of the first `max_window_layers`, as transformers does."""
     used = config.flag("use_sliding_window", default=False)
-    kinds = config.get("layer_types")
-    if kinds is None:
+    sliding = sliding_layers(config, num_layers)
+    if sliding is None:
         below = config.integer("max_window_layers", default=28) if used else 0
         sliding = [layer % 2 == 0 and layer < below for layer in range(num_layers)]
-    elif (
-        isinstance(kinds, list)
-        and set(kinds) <= {"full_attention", "sliding_attention"}
-        and len(kinds) == num_layers
-    ):
-        sliding = [kind == "sliding_attention" for kind in kinds]
-    else:
-        raise config.error("layer_types", kinds, f"{num_layers} of full_attention, sliding_attention")
     if any(sliding) and not used:
         raise config.error("use_sliding_window", used, "true, since layer_types names sliding_attention")
     window = config.integer("sliding_window", default=4096) if any(sliding) else None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from ..spec import DecoderSpec, ExpertSpec
-from .common import FamilyInput, activation, common_fields, num_experts, sparse_layers
+from .common import FamilyInput, activation, common_fields, fp8_block, num_experts, sparse_layers
 
 
 def read(source: FamilyInput) -> DecoderSpec:
     """The spec of a `qwen3_moe` checkpoint. Raises ConfigurationError."""
-    config, common = source.config, common_fields(source, norm_eps=1e-6)
+    config, common = source.config, common_fields(source, norm_eps=1e-6, handled=("quantization_config",))
     window = (
         config.integer("sliding_window", default=4096)
         if config.flag("use_sliding_window", default=False)
@@ -23,6 +23,7 @@ def read(source: FamilyInput) -> DecoderSpec:
         gate="model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight",
         up="model.layers.{layer}.mlp.experts.{expert}.up_proj.weight",
         down="model.layers.{layer}.mlp.experts.{expert}.down_proj.weight",
+        fp8_block=fp8_block(config),
     )
     bias = config.flag("attention_bias", default=False)  # of all four projections
     return DecoderSpec(
