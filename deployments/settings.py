@@ -22,6 +22,7 @@ from ..runtime.caching import CacheLimits, PrefetchLimits, RedisLevel, RedisLimi
 from ..runtime.embedded import CHECKPOINT
 from ..runtime.errors import ConfigurationError
 from ..runtime.generation.limits import EngineLimits
+from ..runtime.generation.micro_batches import MicroBatching
 from ..runtime.links import LinkLimits
 from ..runtime.router.limits import RouterLimits
 from .api.context import ApiSettings
@@ -141,6 +142,7 @@ class EngineSettings(_Section):
     kv_blocks: int | None = None
     kv_memory_fraction: float = 0.25
     reuse_prefixes: bool = True
+    micro_batches: MicroBatching = "auto"
     drain_s: float = 20.0
 
     def to_limits(self) -> EngineLimits:

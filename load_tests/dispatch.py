@@ -117,6 +117,10 @@ class HandleGroup:
         self.handle = handle
 
     @property
+    def computed_s(self) -> float | None:
+        return None
+
+    @property
     def replicas(self) -> int:
         return 1
 

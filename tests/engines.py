@@ -53,6 +53,10 @@ class ControlledGroup:
         self.waiting = self.slow_to_leave = 0
 
     @property
+    def computed_s(self) -> float | None:
+        return None
+
+    @property
     def replicas(self) -> int:
         return 1
 

@@ -29,6 +29,10 @@ class ScriptedGroup:
         self.cancelled = self.ended = False
 
     @property
+    def computed_s(self) -> float | None:
+        return None
+
+    @property
     def replicas(self) -> int:
         return 1
 

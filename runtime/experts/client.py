@@ -11,7 +11,7 @@ from ..links import LinkPool
 from ..routing.plan import ExpertRows
 from ..tensors import array_to_wire, from_wire, to_wire
 from .group import ExpertGroup
-from .server import METHOD
+from .server import COMPUTED_S, METHOD
 
 
 class RemoteGroup:
@@ -19,11 +19,17 @@ class RemoteGroup:
 
     def __init__(self, pool: LinkPool) -> None:
         self.pool = pool
+        self._computed_s = 0.0
 
     @property
     def replicas(self) -> int:
         """See `GroupBackend`."""
         return max(1, len(self.pool.links))
+
+    @property
+    def computed_s(self) -> float | None:
+        """See `GroupBackend`."""
+        return self._computed_s
 
     async def run(self, layer: int, rows: ExpertRows, deadline: float) -> Tensor:
         """See `GroupBackend`."""
@@ -36,6 +42,7 @@ class RemoteGroup:
         reply = await self.pool.call(METHOD, {"layer": layer}, tensors, deadline)
         if len(reply.tensors) != 1 or reply.tensors[0].shape != tuple(rows.hidden.shape):
             raise LinkProtocolError(f"{self.pool.name} answered with other tensors than were asked for")
+        self._computed_s += reply.meta.get(COMPUTED_S, 0.0)
         return from_wire(reply.tensors[0], rows.hidden.device)
 
 
@@ -49,6 +56,11 @@ class LocalGroup:
     def replicas(self) -> int:
         """See `GroupBackend`."""
         return 1
+
+    @property
+    def computed_s(self) -> float | None:
+        """See `GroupBackend`."""
+        return None
 
     async def run(self, layer: int, rows: ExpertRows, deadline: float) -> Tensor:
         """See `GroupBackend`."""

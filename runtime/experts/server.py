@@ -14,6 +14,7 @@ from ..tensors import array_from_wire, from_wire, to_wire
 from .group import ExpertGroup
 
 METHOD = "experts"
+COMPUTED_S = "s"  # in the answer's meta: seconds of computing
 
 
 class ExpertGroupHandler:
@@ -45,7 +46,9 @@ class ExpertGroupHandler:
             cast(Int32, array_from_wire(experts)),
             cast(Float32, array_from_wire(weights)),
         )
-        return Reply({}, [to_wire(self.group.forward(int(call.meta["layer"]), rows))])
+        started = time.monotonic()
+        sums = self.group.forward(int(call.meta["layer"]), rows)
+        return Reply({COMPUTED_S: time.monotonic() - started}, [to_wire(sums)])
 
     def describe(self) -> dict[str, Any]:
         """What discovery tells routers and the status page of this group."""

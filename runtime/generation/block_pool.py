@@ -33,7 +33,8 @@ class BlockStatistics(NamedTuple):
 
 def salt_of(tenant: str, cache_salt: str) -> bytes:
     """Where the chain of hashes of a request begins."""
-    parts = tenant.encode(), cache_salt.encode()
+    # JSON may hold lone surrogates, which UTF-8 cannot carry otherwise.
+    parts = tenant.encode(errors="surrogatepass"), cache_salt.encode(errors="surrogatepass")
     return hashlib.blake2b(struct.pack("<Q", len(parts[0])) + b"".join(parts), digest_size=16).digest()
 
 
@@ -125,6 +126,17 @@ class BlockPool:
             if block in self._hash_of:
                 self._kept[block] = None
             else:
+                heapq.heappush(self._free, block)
+
+    def distrust(self, blocks: Sequence[int]) -> None:
+        """What these blocks hold is wrong, as of a sequence whose logits are not finite: nobody finds them any
+        more. Who holds them still does."""
+        for block in blocks:
+            if (digest := self._hash_of.pop(block, None)) is None:
+                continue
+            del self._block_of[digest]
+            if block in self._kept:
+                del self._kept[block]
                 heapq.heappush(self._free, block)
 
     def forget(self) -> None:

@@ -32,9 +32,11 @@ from ..routing.dispatch import Dispatcher
 from .block_pool import BlockPool, BlockStatistics
 from .kv_memory import count_blocks, free_bytes
 from .limits import EngineLimits
+from .micro_batches import MicroBatchStatistics
 from .prompt_scores import note_prompt_logprobs
-from .rules import banned_tokens, check_request, finish_reason
+from .rules import check_request, finish_reason
 from .sampler import sample
+from .sampling_state import SamplingState
 from .scheduler import Generation, Scheduler, StepItem
 from .step_runner import StepRunner
 
@@ -56,18 +58,20 @@ class EngineStatistics(NamedTuple):
     prefill_tokens: int
     decode_tokens: int
     step_s: float
+    micro_batches: MicroBatchStatistics
     latency: dict[str, Any]
 
     def as_plain(self) -> dict[str, Any]:
         """Plain values for the status page."""
-        return {**self._asdict(), "queue": self.queue._asdict(), "kv_blocks": self.kv_blocks._asdict()}
+        parts = {name: getattr(self, name)._asdict() for name in ("queue", "kv_blocks", "micro_batches")}
+        return {**self._asdict(), **parts}
 
 
 class _Stream:
     """Where a request's chunks go; `Engine.generate` reads them. Bounded by the request's `max_tokens`."""
 
-    def __init__(self, request: GenerateRequest) -> None:
-        self.request = request
+    def __init__(self, request: GenerateRequest, state: SamplingState) -> None:
+        self.request, self.state = request, state
         self.generation: Generation | None = None
         self.begun = False
         self.chunks: asyncio.Queue[TokenChunk | PimoeError] = asyncio.Queue()
@@ -104,7 +108,7 @@ class Engine:
         self._held_s = 0.0  # how long sequences lately ran, smoothed
         self.cache = decoder.new_cache(blocks, limits.block_tokens)
         self.scheduler = Scheduler(BlockPool(blocks, limits.block_tokens, limits.reuse_prefixes), limits)
-        self.runner = StepRunner(decoder, self.cache, dispatcher, self.latency, clock)
+        self.runner = StepRunner(decoder, self.cache, dispatcher, self.latency, limits.micro_batches, clock)
         # A config may name end tokens that its vocabulary lacks.
         vocab = decoder.spec.vocab_size
         self._end_tokens = tuple(token for token in decoder.spec.eos_token_ids if token < vocab)
@@ -154,6 +158,7 @@ class Engine:
             self._prefill_tokens,
             self._decode_tokens,
             self._step_s,
+            self.runner.micro_batches.statistics(),
             self.latency.snapshot(),
         )
 
@@ -175,7 +180,7 @@ class Engine:
             if reason is not None:
                 yield TokenChunk((), reason)  # only the end had been lost
                 return
-        stream = _Stream(request)
+        stream = _Stream(request, SamplingState(request, self.decoder.spec.vocab_size, self._end_tokens))
         item = self._new_item(stream)
         if self._is_hopeless(item):
             raise self.queue.refusal(item, "more waits before this request than can be done in its time")
@@ -338,23 +343,25 @@ class Engine:
             sampling = [index for index, item in enumerate(items) if item.samples]
             generations = [items[index].generation for index in sampling]
             last = logits if len(sampling) == len(logits) else torch.cat([rows[index][-1:] for index in sampling])
-            tokens, logprobs = sample(
-                last,
-                [g.request.sampling for g in generations],
-                [len(g.tokens) for g in generations],
-                [banned_tokens(g.request, g.generated, self._end_tokens) for g in generations],
-            )
+            states = [self._streams[generation].state for generation in generations]
+            tokens, logprobs = sample(last, states, [len(generation.tokens) for generation in generations])
         self.scheduler.advance(items)
         for generation, token, logprob in zip(generations, tokens, logprobs, strict=True):
             self._append(generation, token, logprob)
 
     def _append(self, generation: Generation, token: int, logprob: TokenLogprob | None) -> None:
-        generation.tokens.append(token)
         if generation.finished:
             return  # its reader left during the step
-        reason = finish_reason(generation.request, token, generation.generated, self._end_tokens)
-        generation.finished = reason is not None
         stream = self._streams[generation]
+        stream.state.advance(token)
+        if stream.state.error is not None:
+            self._fail([generation], stream.state.error)
+            return
+        generation.tokens.append(token)
+        reason = finish_reason(generation.request, token, generation.generated, self._end_tokens)
+        if stream.state.finished_by_grammar:
+            reason = "stop"
+        generation.finished = reason is not None
         first = {} if stream.begun else _first_of(generation)
         stream.begun = True
         stream.chunks.put_nowait(TokenChunk((token,), reason, None if logprob is None else (logprob,), **first))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 from ..errors import ConfigurationError
 from ..model.kv_cache import BLOCK_TOKENS
+from .micro_batches import MicroBatching
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +21,8 @@ class EngineLimits:
         block_tokens: tokens of a block of the KV cache.
         kv_blocks: blocks of the KV cache; None: as many as `kv_memory_fraction` of the memory that is free when
             the engine is made gives, and no more than twice what `max_sequences` of the longest sequences fill.
+        micro_batches: whether a step runs as two micro-batches: "auto" where that is expected to pay, "always"
+            where there are two sequences, "never".
         reuse_prefixes: whether what is known of a prompt's beginning is not computed again.
         drain_s: how long a stopping engine lets running sequences go on.
     """
@@ -30,6 +34,7 @@ class EngineLimits:
     kv_blocks: int | None = None
     kv_memory_fraction: float = 0.25
     reuse_prefixes: bool = True
+    micro_batches: MicroBatching = "auto"
     drain_s: float = 20.0
 
     def __post_init__(self) -> None:
@@ -40,5 +45,8 @@ class EngineLimits:
         if not 0 < self.kv_memory_fraction <= 1:
             text = f"engine.kv_memory_fraction is {self.kv_memory_fraction}; it must be above 0 and at most 1"
             raise ConfigurationError(text, "kv_memory_fraction")
+        if self.micro_batches not in get_args(MicroBatching):
+            text = f"engine.micro_batches is {self.micro_batches!r}; it must be one of {get_args(MicroBatching)}"
+            raise ConfigurationError(text, "micro_batches")
         if not self.drain_s >= 0:
             raise ConfigurationError(f"engine.drain_s is {self.drain_s}; it must be at least 0", "drain_s")

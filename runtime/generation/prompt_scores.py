@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .logprobs import prompt_logprobs
 from .scheduler import StepItem
 
 
@@ -14,8 +15,6 @@ def note_prompt_logprobs(item: StepItem, logits: Tensor) -> None:
         item: computed, and not yet entered in its generation.
         logits: `[item.count, vocab]`; each row is about the token after its own.
     """
-    from .logprobs import prompt_logprobs
-
     generation = item.generation
     prompt, noted = generation.request.prompt_token_ids, generation.prompt_logprobs
     if not noted:

@@ -126,7 +126,7 @@ class KVCache:
         count = len(read.index) * blocks.shape[1]
         if count > self._gathered.numel():
             self._gathered = blocks.new_empty(count)
-        out = self._gathered[:count].view(len(read.index), blocks.shape[1])
+        out: Tensor = self._gathered[:count].view(len(read.index), blocks.shape[1])
         torch.index_select(blocks, 0, read.index, out=out)
         return out
 

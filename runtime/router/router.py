@@ -127,9 +127,9 @@ class Router:
         with torch.inference_mode():
             hidden = batch[0][1] if len(batch) == 1 else torch.cat([hidden for _, hidden in batch])
             routing = self.gates[layer](hidden)
-        output, largest = await self.dispatcher.run_counted(layer, hidden, routing, deadline)
+        done = await self.dispatcher.run_counted(layer, hidden, routing, deadline)
         self._layer_s += time.monotonic() - started
-        return Computed(torch.split(output, sizes), largest)
+        return Computed(torch.split(done.output, sizes), done.largest_expert_tokens)
 
     def set_batch_limits(self, limits: BatchLimits) -> None:
         """Change the bounds of batching while serving; what is queued keeps its place."""

@@ -23,6 +23,12 @@ class GroupBackend(Protocol):
         """How many dispatches it computes at once, at least 1."""
         ...
 
+    @property
+    def computed_s(self) -> float | None:
+        """Seconds that it says it computed for this dispatcher so far; None where it computes in the thread that
+        calls it, so that nothing can be done meanwhile."""
+        ...
+
     async def run(self, layer: int, rows: ExpertRows, deadline: float) -> Tensor:
         """The weighted sums `[rows, hidden]` in float32; `deadline` is on `loop.time()`.
 
@@ -56,6 +62,15 @@ class DispatchStatistics(NamedTuple):
         return max(self.expert_pairs) * len(self.expert_pairs) / total if total else 1.0
 
 
+class Dispatched(NamedTuple):
+    """A layer's weighted sums, float32 `[tokens, hidden]`; the tokens of its most loaded expert, on which the time
+    depends; and the seconds that its groups were waited for."""
+
+    output: Tensor
+    largest_expert_tokens: int
+    waited_s: float
+
+
 class Dispatcher:
     """Plans, sends and combines. One per router.
 
@@ -75,6 +90,11 @@ class Dispatcher:
         """How many dispatches are computed at once: replicas of the group that has fewest."""
         return min((group.replicas for group in self.groups), default=1)
 
+    def computed_s(self) -> list[float]:
+        """Seconds that each group computed so far; empty where one of them computes in this thread."""
+        told = [group.computed_s for group in self.groups]
+        return [] if None in told else [seconds or 0.0 for seconds in told]
+
     def until(self, deadline: float) -> BoundDispatch:
         """This dispatcher as a decoder's expert dispatch, with `deadline` (`loop.time()`) for every layer."""
         return BoundDispatch(self, deadline)
@@ -84,21 +104,19 @@ class Dispatcher:
 
         Raises: as `GroupBackend.run`. The other groups' work is cancelled then.
         """
-        output, _ = await self.run_counted(layer, hidden, routing, deadline)
-        return output
+        return (await self.run_counted(layer, hidden, routing, deadline)).output
 
-    async def run_counted(
-        self, layer: int, hidden: Tensor, routing: Routing, deadline: float
-    ) -> tuple[Tensor, int]:
-        """As `run`, and the tokens of the most loaded expert, on which the time depends."""
+    async def run_counted(self, layer: int, hidden: Tensor, routing: Routing, deadline: float) -> Dispatched:
+        """As `run`, with what it cost."""
         plans = plan_dispatch(routing, self.placement)
         largest = self._count(plans)
         calls = [self.groups[plan.group].run(layer, plan.take(hidden), deadline) for plan in plans]
         started = time.monotonic()
         partials = await gather_or_cancel(calls)
-        self._waiting_s += time.monotonic() - started
+        waited_s = time.monotonic() - started
+        self._waiting_s += waited_s
         with torch.inference_mode():
-            return combine(plans, partials, hidden), largest
+            return Dispatched(combine(plans, partials, hidden), largest, waited_s)
 
     def _count(self, plans: Sequence[GroupPlan]) -> int:
         self._dispatches += 1
@@ -125,15 +143,18 @@ class BoundDispatch:
 
     Attributes:
         largest_expert_tokens: of the most loaded expert in any layer so far.
+        waited_s: for the groups, in all layers so far.
     """
 
     def __init__(self, dispatcher: Dispatcher, deadline: float) -> None:
         self._dispatcher = dispatcher
         self._deadline = deadline
         self.largest_expert_tokens = 0
+        self.waited_s = 0.0
 
     async def __call__(self, layer: int, hidden: Tensor, routing: Routing) -> Tensor:
         """See `Dispatcher.run`."""
-        output, largest = await self._dispatcher.run_counted(layer, hidden, routing, self._deadline)
-        self.largest_expert_tokens = max(self.largest_expert_tokens, largest)
-        return output
+        done = await self._dispatcher.run_counted(layer, hidden, routing, self._deadline)
+        self.largest_expert_tokens = max(self.largest_expert_tokens, done.largest_expert_tokens)
+        self.waited_s += done.waited_s
+        return done.output

@@ -1,0 +1,129 @@
+"""Where an answer stands in the grammar that it must match, and what may come next.
+
+The work is llguidance's (https://github.com/guidance-ai/llguidance); `grammar_compiler.py` makes its matchers.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+# Computing time that a generation may spend in its grammar: so much at once, and so much more for each token. A
+# usual grammar takes 0.3 ms a token with a vocabulary of 150,000.
+_BUDGET_S, _BUDGET_PER_TOKEN_S = 2.0, 0.01
+_MAX_MESSAGE_CHARS = 300
+
+
+class GrammarMatcher:
+    """One generation's place in its grammar. It never raises: what goes wrong becomes its `error`.
+
+    Args:
+        matcher: at the beginning; what it learns of the grammar it may share with other requests' matchers.
+        vocab_size: of the model.
+        mask_tokens: how many tokens llguidance knows, at least as many.
+        rebuild: a matcher at the beginning that shares nothing, or None where that fails.
+
+    Attributes:
+        error: why the generation cannot go on.
+    """
+
+    __slots__ = ("_mask", "_matcher", "_rebuild", "_spent_s", "_tokens", "_vocab_size", "error")
+
+    def __init__(
+        self,
+        matcher: LLMatcher,
+        vocab_size: int,
+        mask_tokens: int,
+        rebuild: Callable[[], LLMatcher | None],
+    ) -> None:
+        self._matcher, self._vocab_size = matcher, vocab_size
+        self._mask = np.zeros((mask_tokens + 31) // 32, dtype=np.int32)
+        self._rebuild: Callable[[], LLMatcher | None] | None = rebuild
+        self._tokens: list[int] = []
+        self._spent_s = 0.0
+        self.error: InvalidRequestError | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more may come."""
+        return self.error is None and self._matcher.is_stopped()
+
+    def allowed(self, without: Sequence[int] = ()) -> NDArray[np.bool_]:
+        """Which tokens may come next, `[vocab]`. All of them once there is an `error`.
+
+        Args:
+            without: tokens that may not, unless there are no others.
+        """
+        if self.error is None:
+            self._timed(self._fill_mask)
+        if self.error is None:
+            bits = np.unpackbits(self._mask.view(np.uint8), count=self._vocab_size, bitorder="little")
+            allowed = bits.view(np.bool_)
+            rest = allowed.copy()
+            rest[list(without)] = False
+            if rest.any():
+                return rest
+            if allowed.any():
+                return allowed
+            self._fail("no token of the model goes on with the answer")
+        return np.ones(self._vocab_size, dtype=np.bool_)
+
+    def accept(self, token: int) -> None:
+        """`token` came next. One that is not allowed leads to an `error`."""
+        if self.error is None:
+            self._tokens.append(token)
+            self._timed(lambda: self._matcher.consume_token(token))
+
+    def _fill_mask(self) -> None:
+        self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+
+    def _timed(self, work: Callable[[], object]) -> None:
+        # This thread's computing time, not the clock: a busy machine is not the grammar's fault.
+        started = time.thread_time()
+        work()
+        if self._matcher.is_error() and self._recover() and work == self._fill_mask:
+            work()
+        if self._matcher.is_error():
+            self._fail(f"it is too complex, or was left: {brief(self._matcher.get_error())}")
+        self._spent_s += time.thread_time() - started
+        if self._spent_s > _BUDGET_S + _BUDGET_PER_TOKEN_S * len(self._tokens):
+            self._fail("following it takes too long")
+
+    def _recover(self) -> bool:
+        """Go on, once, with a matcher that shares nothing. The states of a lexer are bounded, and all matchers
+        made of one compiled grammar draw on the same: this one may have failed by what others had used up."""
+        if self._rebuild is None:
+            return False
+        rebuild, self._rebuild = self._rebuild, None
+        fresh = rebuild()
+        if fresh is None:
+            return False
+        self._matcher = fresh
+        return fresh.consume_tokens(self._tokens)
+
+    def _fail(self, why: str) -> None:
+        if self.error is None:
+            self.error = InvalidRequestError(f"the answer cannot follow the grammar: {why}", "grammar")
+
+
+def ban_all_but(logits: Tensor, allowed: NDArray[np.bool_]) -> None:
+    """Make what is not `allowed [vocab]` impossible in one row `[vocab]` of logits, in place."""
+    logits.masked_fill_(torch.from_numpy(~allowed).to(logits.device), -math.inf)
+
+
+def brief(message: str) -> str:
+    """What llguidance says, without its dump of the state, at a length for an error message."""
+    told = message.replace("<non-verbose/>", "").split("\n<state>")[0].strip()
+    return told if len(told) <= _MAX_MESSAGE_CHARS else told[:_MAX_MESSAGE_CHARS] + " ..."

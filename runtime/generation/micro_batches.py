@@ -1,0 +1,188 @@
+"""Whether a step runs as two micro-batches: while one waits for its experts, the other computes attention.
+
+    one batch of n tokens   trunk(n) + experts(n) + link(n)
+    two of h = n / 2        the longest of 2 trunk(h), 2 experts(h), trunk(h) + experts(h) + link(h)
+
+(MegaScale-Infer, arXiv 2504.02263, has the idea of ping-pong between attention and experts.) Smaller batches
+compute less well, so it pays only where a good part of a step is waiting. Each of the three times is a line over
+tokens, learnt from the steps as they run. What lines cannot know of sizes that never ran is found out by a probe
+now and then, where lines without fixed costs say that it might pay; what they get wrong (cores that are shared, a
+noisy machine) is corrected by what two micro-batches really took.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+MicroBatching = Literal["auto", "always", "never"]
+
+_FORGETTING = 0.98  # the last fifty steps count
+_LEAST_GAIN = 1.05
+_PROBE_EVERY = 64
+_SMOOTHING = 0.1
+_TINY = 1e-9
+
+
+class Line:
+    """`fixed + slope * tokens`, by least squares with forgetting. Of one size only, it is flat."""
+
+    def __init__(self) -> None:
+        self._n = self._t = self._tt = self._y = self._ty = 0.0
+
+    def observe(self, tokens: float, seconds: float) -> None:
+        """Learn from one measurement."""
+        self._n = _FORGETTING * self._n + 1.0
+        self._t = _FORGETTING * self._t + tokens
+        self._tt = _FORGETTING * self._tt + tokens * tokens
+        self._y = _FORGETTING * self._y + seconds
+        self._ty = _FORGETTING * self._ty + tokens * seconds
+
+    @property
+    def mean_s(self) -> float:
+        """Of the latest measurements; 0 before any."""
+        return self._y / self._n if self._n else 0.0
+
+    def at(self, tokens: float) -> float:
+        """Seconds expected; never below nothing."""
+        if not self._n:
+            return 0.0
+        mean_t, mean_s = self._t / self._n, self.mean_s
+        spread = self._tt / self._n - mean_t * mean_t
+        if spread < 1e-3 * mean_t * mean_t:
+            return mean_s
+        slope = max(0.0, (self._ty / self._n - mean_t * mean_s) / spread)
+        return max(0.0, mean_s + slope * (tokens - mean_t))
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardTimes:
+    """What one forward took.
+
+    Attributes:
+        tokens: of its batch.
+        trunk_s: computing in this process.
+        expert_s: computing of the expert group that computed longest.
+        waited_s: from sending to the experts until their answers were here.
+    """
+
+    tokens: int
+    trunk_s: float
+    expert_s: float
+    waited_s: float
+
+
+class MicroBatchStatistics(NamedTuple):
+    """Steps in one batch and in two, of the latter those to probe; mean seconds of trunk, experts and link in the
+    latest forwards; how many times as fast two were expected to be at the last decision, and were, against the
+    model of one."""
+
+    single: int
+    double: int
+    probes: int
+    trunk_s: float
+    expert_s: float
+    link_s: float
+    predicted_gain: float
+    measured_gain: float
+
+
+class MicroBatchModel:
+    """Decides step by step.
+
+    Args:
+        policy: "auto" decides, the others are forced.
+        overlaps: whether experts compute anywhere else than in this thread.
+        parallelism: how many dispatches the groups compute at once.
+    """
+
+    def __init__(self, policy: MicroBatching = "auto", overlaps: bool = True, parallelism: int = 1) -> None:
+        self.policy, self.overlaps, self.parallelism = policy, overlaps, parallelism
+        self._lines = self._trunk, self._experts, self._link = Line(), Line(), Line()
+        self._single = self._double = self._probes = 0
+        self._since_probe = 0
+        self._correction = 1.0  # what two micro-batches take over what was expected
+        self._predicted_gain = self._measured_gain = 0.0
+
+    def wants_two(self, tokens: int) -> bool:
+        """Whether the next step, of so many tokens in at least two sequences, is to run as two."""
+        if self.policy != "auto":
+            return self.policy == "always"
+        if not self.overlaps or not self._single:
+            return False
+        self._since_probe += 1
+        one = self._one_s(tokens)
+        self._predicted_gain = one / max(_TINY, self._two_s(tokens) * self._correction)
+        if self._predicted_gain >= _LEAST_GAIN:
+            return True
+        if self._since_probe >= _PROBE_EVERY and one >= _LEAST_GAIN * self._least_two_s(tokens):
+            self._since_probe = 0
+            self._probes += 1
+            return True
+        return False
+
+    def observe_one(self, times: ForwardTimes) -> None:
+        """Learn from a step that ran as one batch."""
+        self._single += 1
+        link_s = max(0.0, times.waited_s - times.expert_s)
+        for line, seconds in zip(self._lines, (times.trunk_s, times.expert_s, link_s), strict=True):
+            line.observe(times.tokens, seconds)
+        self._correction += (1.0 - self._correction) / 1000  # what was wrong once is tried again some day
+
+    def observe_two(self, first: ForwardTimes, second: ForwardTimes, total_s: float) -> None:
+        """Learn from a step that ran as two. What each waited says nothing of the link: it waited for the other,
+        too.
+
+        Args:
+            total_s: from the beginning of the first to the end of the last.
+        """
+        self._double += 1
+        tokens = first.tokens + second.tokens
+        for times in (first, second):
+            self._trunk.observe(times.tokens, times.trunk_s)
+            self._experts.observe(times.tokens, times.expert_s)
+        weight = 1.0 if self._double == 1 else _SMOOTHING
+        gain = self._one_s(tokens) / max(_TINY, total_s)
+        self._measured_gain += (gain - self._measured_gain) * weight
+        ratio = min(4.0, max(0.25, total_s / max(_TINY, self._two_s(tokens))))
+        self._correction += (ratio - self._correction) * (0.5 if self._double == 1 else _SMOOTHING)
+
+    def statistics(self) -> MicroBatchStatistics:
+        """See `MicroBatchStatistics`."""
+        means = self._trunk.mean_s, self._experts.mean_s, self._link.mean_s
+        counts = self._single, self._double, self._probes
+        return MicroBatchStatistics(*counts, *means, self._predicted_gain, self._measured_gain)
+
+    def _one_s(self, tokens: int) -> float:
+        return self._trunk.at(tokens) + self._experts.at(tokens) + self._link.at(tokens)
+
+    def _two_s(self, tokens: int) -> float:
+        half = tokens / 2
+        trunk, experts, link = self._trunk.at(half), self._experts.at(half), self._link.at(half)
+        return self._longest(trunk, experts, link)
+
+    def _least_two_s(self, tokens: int) -> float:
+        """As if half of the tokens took half of the time."""
+        return self._longest(self._trunk.at(tokens) / 2, self._experts.at(tokens) / 2, self._link.at(tokens) / 2)
+
+    def _longest(self, trunk: float, experts: float, link: float) -> float:
+        busy = 2 * experts / min(2, max(1, self.parallelism))
+        return max(2 * trunk, busy, trunk + experts + link)
+
+
+def split_point(counts: list[int]) -> int:
+    """Where to cut a step's items in two, so that both have about as many tokens.
+
+    Args:
+        counts: tokens of each item, at least two of them.
+
+    Returns:
+        How many items the first part has, at least one and not all.
+    """
+    total, before = sum(counts), 0
+    best, least = 1, total
+    for index, count in enumerate(counts[:-1], start=1):
+        before += count
+        if abs(total - 2 * before) < least:
+            best, least = index, abs(total - 2 * before)
+    return best
