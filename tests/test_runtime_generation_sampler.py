@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,11 +13,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pimoe.runtime.generation import sampler
-from pimoe.runtime.generation.sampler import sample
-from pimoe.runtime.requests import SamplingParams
+from pimoe.runtime.requests import SamplingParams, TokenLogprob
+from samplers import state_of
 from torch import Tensor
 
 GREEDY = SamplingParams(temperature=0)
+
+
+def sample(
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    banned: Sequence[tuple[int, ...]] | None = None,
+) -> tuple[list[int], list[TokenLogprob | None]]:
+    """For rows without a history. What is `banned` would end an answer that has to go on."""
+    bans = banned if banned is not None else [()] * len(params)
+    states = [
+        state_of(replace(row_params, min_tokens=1 if row_banned else 0), logits.shape[1], end_tokens=row_banned)
+        for row_params, row_banned in zip(params, bans, strict=True)
+    ]
+    return sampler.sample(logits, states, positions)
 
 
 def choose(logits: Tensor, params: SamplingParams, position: int = 0, banned: tuple[int, ...] = ()) -> int:
@@ -26,7 +43,7 @@ def choose(logits: Tensor, params: SamplingParams, position: int = 0, banned: tu
 
 def draws(logits: Tensor, params: SamplingParams, count: int) -> Counter[int]:
     """The tokens of `count` positions."""
-    tokens, _ = sample(logits.expand(count, -1), [params] * count, range(count), [()] * count)
+    tokens, _ = sample(logits.expand(count, -1), [params] * count, range(count))
     return Counter(tokens)
 
 
@@ -40,13 +57,13 @@ def logits_of(seed: int, rows: int = 1, vocab: int = 50) -> Tensor:
 
 def test_temperature_zero_takes_the_most_likely() -> None:
     logits = logits_of(0, rows=5)
-    assert sample(logits, [GREEDY] * 5, range(5), [()] * 5)[0] == logits.argmax(dim=-1).tolist()
+    assert sample(logits, [GREEDY] * 5, range(5))[0] == logits.argmax(dim=-1).tolist()
 
 
 def test_greedy_and_drawn_rows_share_a_batch() -> None:
     logits = logits_of(1, rows=4)
     hot = SamplingParams(seed=3)
-    tokens, _ = sample(logits, [GREEDY, hot, GREEDY, hot], [9, 9, 9, 2], [()] * 4)
+    tokens, _ = sample(logits, [GREEDY, hot, GREEDY, hot], [9, 9, 9, 2])
     assert tokens[0] == int(logits[0].argmax())
     assert tokens[2] == int(logits[2].argmax())
     assert tokens[1] == choose(logits[1], hot, 9)
@@ -166,7 +183,7 @@ def test_truncation_may_keep_thousands(truncation: dict[str, Any], kept: int) ->
     logits[:, kept:] = -2.0 if "min_p" in truncation else -1e-4
     few = SamplingParams(seed=2, top_k=3)
     many = [SamplingParams(seed=seed, **truncation) for seed in range(2000)]
-    tokens, _ = sample(logits[torch.tensor([0] * 2000 + [1])], [*many, few], [0] * 2001, [()] * 2001)
+    tokens, _ = sample(logits[torch.tensor([0] * 2000 + [1])], [*many, few], [0] * 2001)
     assert max(tokens[:2000]) < kept
     assert len({token // 600 for token in tokens[:2000]}) == 4, "from all over what is kept"
     assert tokens[2000] == choose(logits[1], few)
@@ -187,7 +204,7 @@ def test_a_row_of_nan_does_not_fail_the_others() -> None:
         logits = logits_of(3, rows=3, vocab=vocab)
         logits[1] = float("nan")
         params = [SamplingParams(seed=1), SamplingParams(seed=1, top_p=0.9), SamplingParams(seed=2, top_k=4)]
-        tokens, _ = sample(logits, params, [5, 5, 5], [()] * 3)
+        tokens, _ = sample(logits, params, [5, 5, 5])
         assert tokens[0] == choose(logits[0], params[0], 5)
         assert tokens[2] == choose(logits[2], params[2], 5)
         assert 0 <= tokens[1] < vocab
@@ -205,7 +222,7 @@ def test_a_rows_token_depends_on_nothing_but_its_logits_seed_and_position(
     params = [SamplingParams(temperature=0.7 + row / 5, seed=seed - row if seed > 6 else row) for row in range(6)]
     params[4] = SamplingParams(temperature=1.3, top_p=0.9, top_k=20, seed=seed)
     alone = [choose(logits[row], params[row], 10 + row) for row in range(6)]
-    tokens, _ = sample(logits[order], [params[r] for r in order], [10 + r for r in order], [()] * 6)
+    tokens, _ = sample(logits[order], [params[r] for r in order], [10 + r for r in order])
     assert tokens == [alone[row] for row in order]
 
 
@@ -281,11 +298,11 @@ def test_logprobs_are_the_models_own() -> None:
 
 def test_logprobs_come_only_where_asked_for_and_for_no_more_than_the_vocabulary() -> None:
     logits = logits_of(5, rows=2, vocab=4)
-    _, logprobs = sample(logits, [GREEDY, SamplingParams(temperature=0, logprobs=20)], [0, 0], [(), ()])
+    _, logprobs = sample(logits, [GREEDY, SamplingParams(temperature=0, logprobs=20)], [0, 0])
     assert logprobs[0] is None
     assert logprobs[1] is not None
     assert len(logprobs[1].top) == 4
 
 
 def test_no_rows_give_no_tokens() -> None:
-    assert sample(torch.empty(0, 7), [], [], []) == ([], [])
+    assert sample(torch.empty(0, 7), [], []) == ([], [])

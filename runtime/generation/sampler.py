@@ -20,9 +20,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -162,21 +164,55 @@ def _truncate(probabilities: Tensor, params: Sequence[SamplingParams]) -> Tensor
     all that are as likely as the last one kept: which of them came first would depend on the rest of the batch."""
     vocab = probabilities.shape[1]
     limits = [p.top_k if 0 < p.top_k < vocab else vocab for p in params]
-    least = probabilities.new_empty(len(params))
-    undecided = list(range(len(params)))
-    # Sorting 150,000 tokens takes 4 ms a row, and what is kept hardly ever reaches beyond the first few.
-    for count in (_FEW_TOKENS, _MANY_TOKENS, vocab) if vocab > _MANY_TOKENS else (vocab,):
+    min_p = torch.tensor([p.min_p for p in params], device=probabilities.device)
+    least = min_p * probabilities.amax(dim=-1)
+    undecided = [row for row, p in enumerate(params) if p.top_p < 1 or limits[row] < vocab]
+    # Sorting 150,000 tokens takes 12 ms a row, and what is kept hardly ever reaches beyond the first few.
+    for count in (_FEW_TOKENS, _MANY_TOKENS) if vocab > _MANY_TOKENS else ():
         rows = [row for row in undecided if limits[row] <= count or limits[row] == vocab]
-        if not rows:
-            continue
-        part = probabilities if len(rows) == len(params) else probabilities[rows]
-        values = (part.topk(count) if count < vocab else part.sort(descending=True)).values
-        found = _least_kept(values, [params[row] for row in rows], [limits[row] for row in rows], vocab)
-        least[rows] = found
-        reaches_end = (found == values[:, -1]).tolist()
-        further = {row for row, end in zip(rows, reaches_end, strict=True) if end and limits[row] > count}
-        undecided = [row for row in undecided if row not in rows or row in further]
+        if rows:
+            part = probabilities if len(rows) == len(params) else probabilities[rows]
+            values = part.topk(count).values
+            found = _least_kept(values, [params[row] for row in rows], [limits[row] for row in rows], vocab)
+            least[rows] = found
+            at_end = dict(zip(rows, (found == values[:, -1]).tolist(), strict=True))
+            undecided = [row for row in undecided if at_end.get(row, True) and limits[row] > count]
+    for rows, values in _largest_values(probabilities, params, undecided):
+        least[rows] = _least_kept(values, [params[row] for row in rows], [limits[row] for row in rows], vocab)
     return probabilities.where(probabilities >= least[:, None], 0.0)
+
+
+def _largest_values(
+    probabilities: Tensor, params: Sequence[SamplingParams], rows: list[int]
+) -> Iterator[tuple[list[int], Tensor]]:
+    """For these rows all that they may keep, and maybe more, best first: `(rows, values [rows, count])`."""
+    if not rows:
+        return
+    if not probabilities.is_cpu or probabilities.shape[1] <= _MANY_TOKENS:
+        yield rows, probabilities[rows].sort(descending=True).values
+        return
+    for row in rows:
+        values = probabilities[row].numpy()
+        values = np.sort(values[values >= _cut(values, params[row])])[::-1]
+        if len(values):  # a row of NaN has none
+            yield [row], torch.from_numpy(values.copy())[None]
+
+
+def _cut(values: NDArray[np.float32], params: SamplingParams) -> float:
+    """A probability below which a row `values [vocab]` keeps nothing.
+
+    From a histogram of the upper half of the bits, which for positive floats are in the order of their values: it
+    takes a twentieth of the time that sorting takes.
+    """
+    buckets = values.view(np.int32) >> 16 & 0x7FFF  # NaN may be negative
+    if 0 < params.top_k < len(values):
+        enough = np.bincount(buckets)[::-1].cumsum() >= params.top_k
+    else:  # with some more than all rounding comes to
+        enough = np.bincount(buckets, weights=values)[::-1].cumsum() >= params.top_p + 1e-3
+    if not enough.any():
+        return 0.0
+    last = len(enough) - 1 - int(enough.argmax())  # counted from the best down
+    return float(np.array([last << 16], dtype=np.int32).view(np.float32)[0])
 
 
 def _least_kept(values: Tensor, params: Sequence[SamplingParams], limits: Sequence[int], vocab: int) -> Tensor:
