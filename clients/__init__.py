@@ -25,16 +25,20 @@ from .errors import (
     RequestCancelledError,
     UnavailableError,
 )
-from .generation import GenerateOptions, Generation, GenerationChunk, Message, Prompt, TokenLogprob, Usage
+from .generate_options import GenerateOptions, Message, Mode, Prompt
+from .generation import AppliedMode, Generation, GenerationChunk, ToolCall, ToolCallDelta, Usage
 from .inference import InferOperation, InferOptions
 from .settings import Limits, RetryPolicy
 from .streaming import AsyncGenerationStream
 from .sync_client import Client, GenerationStream
+from .token_logprobs import TokenLogprob
+from .tokens import Tokens
 from .transport import Buffer, HttpRequest, HttpResponse, Transport
 
 __all__ = [
     "ERRORS_BY_CODE",
     "AiohttpTransport",
+    "AppliedMode",
     "AsyncClient",
     "AsyncGenerationStream",
     "Buffer",
@@ -55,6 +59,7 @@ __all__ = [
     "InvalidTensorError",
     "Limits",
     "Message",
+    "Mode",
     "ModelNotFoundError",
     "OverloadedError",
     "PayloadTooLargeError",
@@ -64,6 +69,9 @@ __all__ = [
     "RequestCancelledError",
     "RetryPolicy",
     "TokenLogprob",
+    "Tokens",
+    "ToolCall",
+    "ToolCallDelta",
     "Transport",
     "UnavailableError",
     "Usage",

@@ -14,16 +14,15 @@ from .about import Health, flush_cache, get_health, get_json, get_models
 from .aiohttp_transport import AiohttpTransport
 from .calls import Caller, Deadline
 from .errors import InvalidRequestError, ModelNotFoundError, PimoeClientError, ProtocolError
-from .generation import (
+from .generate_options import (
     GenerateOptions,
-    Generation,
-    GenerationBuilder,
     Message,
     Prompt,
     check_options,
     generation_request,
     is_chat,
 )
+from .generation import Generation, GenerationBuilder
 from .inference import (
     InferBatch,
     InferOperation,
@@ -37,6 +36,7 @@ from .inference import (
 )
 from .settings import Limits, RetryPolicy
 from .streaming import AsyncGenerationStream, EventSource
+from .tokens import Tokens, detokenize_request, read_text, read_tokens, tokenize_request
 from .transport import Transport
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -184,7 +184,9 @@ class AsyncClient:
         >>> await client.chat([{"role": "user", "content": "reverse: expert"}])    # doctest: +SKIP
 
         Args:
-            messages: `{"role": "system" | "user" | "assistant", "content": text}`, at least one.
+            messages: `{"role": "system" | "user" | "assistant", "content": text}`, at least one. An answer of the
+                model, with its tool calls, goes in as `Generation.as_message()`, their results as
+                `{"role": "tool", "tool_call_id": id, "content": text}`.
             options: see `GenerateOptions`.
 
         Raises:
@@ -233,6 +235,43 @@ class AsyncClient:
             return EventSource(response, deadline, self._limits)
 
         return AsyncGenerationStream(open_source)
+
+    async def tokenize(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        add_special_tokens: bool | None = None,
+        return_token_strs: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        timeout_s: float | None = None,
+    ) -> Tokens:
+        """The tokens of a text, or of the prompt that the chat template makes of messages.
+
+        >>> (await client.tokenize("reverse: expert")).count                       # doctest: +SKIP
+
+        Args:
+            add_special_tokens: whether the tokenizer adds its own; by default to texts and not to messages, whose
+                template writes them.
+            return_token_strs: tell how the vocabulary spells each token.
+            tools: of a chat.
+
+        Raises:
+            PimoeClientError: see `pimoe.clients.errors`.
+        """
+        given = {"add_special_tokens": add_special_tokens, "return_token_strs": return_token_strs, "tools": tools}
+        deadline = self._deadline(timeout_s)
+        request = tokenize_request(prompt, await self._model_name(deadline), given)
+        return read_tokens(await self._caller.call(lambda _: request, deadline))
+
+    async def detokenize(self, token_ids: Sequence[int], *, timeout_s: float | None = None) -> str:
+        """The text of token ids.
+
+        Raises:
+            PimoeClientError: see `pimoe.clients.errors`.
+        """
+        deadline = self._deadline(timeout_s)
+        request = detokenize_request(token_ids, await self._model_name(deadline))
+        return read_text(await self._caller.call(lambda _: request, deadline))
 
     async def models(self) -> list[str]:
         """Names of the models that the server lists."""

@@ -1,72 +1,68 @@
-"""Text generation over OpenAI's protocol: what may be asked for, and what comes back."""
+"""A generated text as it comes back in OpenAI's protocol: whole, or put together from the events of a stream."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypedDict
+from typing import Any
 
-from .errors import InvalidRequestError, ProtocolError, error_from_object
-from .transport import HttpRequest
-
-Message: TypeAlias = Mapping[str, Any]  # {"role": ..., "content": ...}
-Prompt: TypeAlias = str | Sequence[int]
-_JSON = {"Content-Type": "application/json"}
-
-
-class GenerateOptions(TypedDict, total=False):
-    """Keyword arguments of `generate`, `chat` and `stream`. One left out, or None, is the server's to choose.
-
-    - `max_tokens`: most tokens to generate (the server's default may be OpenAI's 16); `min_tokens`: fewest.
-    - `temperature`: 0 is greedy. `top_p`, `top_k` (0: all), `min_p`: what to sample from. `seed`: with equal ones,
-      equal tokens.
-    - `stop`: texts, and `stop_token_ids`: tokens, at which to end. `ignore_eos`: do not end at the model's own.
-    - `logprobs`: how many alternatives to report for each token; 0 reports the chosen one only.
-    - `priority`: 0 to 1, 1 is most urgent; or "interactive" (1), "default" (0.5), "batch" (0). `timeout_s`: for
-      the whole call, retries included.
-    - `cache`: False neither looks the answer up nor keeps it.
-    - `extra_body`: further fields of the request body.
-    """
-
-    max_tokens: int | None
-    min_tokens: int | None
-    temperature: float | None
-    top_p: float | None
-    top_k: int | None
-    min_p: float | None
-    seed: int | None
-    stop: str | Sequence[str] | None
-    stop_token_ids: Sequence[int] | None
-    logprobs: int | None
-    ignore_eos: bool | None
-    priority: float | str | None
-    timeout_s: float | None
-    cache: bool | None
-    extra_body: Mapping[str, Any] | None
+from .errors import ProtocolError, error_from_object
+from .token_logprobs import TokenLogprob, prompt_logprobs, token_logprobs
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one request."""
+    """Tokens of one request. `cached_tokens`: of the prompt's, those that were not computed, since what the model
+    makes of them was there already."""
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """Natural-log probability of a generated token and of the likeliest ones, as `(text, logprob)`."""
+class AppliedMode:
+    """Which preset the server applied, and what it left out of a chat for it. None: not told.
 
-    token: str
-    logprob: float
-    top: tuple[tuple[str, float], ...] = ()
+    Attributes:
+        name: "accuracy", "speed" or "ultra"; None where only `truncation` was asked for.
+        trimmed_tokens: of the texts of the messages left out.
+    """
+
+    name: str | None
+    trimmed_messages: int | None = None
+    trimmed_tokens: int | None = None
+    kept_messages: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A tool that the model wants called. `arguments` are JSON text, which may be wrong: a model wrote it."""
+
+    id: str
+    name: str
+    arguments: str
+
+    def as_json(self) -> dict[str, Any]:
+        """As it stands in a message."""
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A piece of the tool call `index`: its first has `id` and `name`, and all their `arguments` add up."""
+
+    index: int
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationChunk:
-    """The next piece of a stream. Only the last has a `finish_reason`: "stop" or "length".
+    """The next piece of a stream. Only the last has a `finish_reason`: "stop", "length" or "tool_calls".
 
     `text` may be empty while `token_ids` is not: a character can take several tokens.
     """
@@ -75,6 +71,7 @@ class GenerationChunk:
     token_ids: tuple[int, ...] = ()
     finish_reason: str | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
+    tool_calls: tuple[ToolCallDelta, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +80,15 @@ class Generation:
 
     Attributes:
         token_ids: those of `text`, as the model gave them.
-        finish_reason: "stop" or "length"; None only in a stream that is not finished.
+        finish_reason: "stop", "length" or "tool_calls"; None only in a stream that is not finished.
         logprobs: one for each token, where they were asked for.
         cache: how the result cache answered: "hit", "miss", "coalesced" or "bypass".
         request_id: the server's name for this request.
+        tool_calls: what the model wants called, in its order.
+        prompt_logprobs: one for each token of the prompt, None for the first, where they were asked for; `top` of
+            each are the likeliest there.
+        prompt_token_ids: where the server tells them.
+        mode: the preset applied, with what it left out; None where the request had none.
     """
 
     text: str
@@ -97,66 +99,17 @@ class Generation:
     model: str
     cache: str | None
     request_id: str | None
+    tool_calls: tuple[ToolCall, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    prompt_token_ids: tuple[int, ...] | None = None
+    mode: AppliedMode | None = None
 
-
-def generation_request(
-    prompt: Prompt | Sequence[Message], model: str, options: GenerateOptions, stream: bool, remaining_s: float
-) -> HttpRequest:
-    """The request for `prompt`, which is a chat when it is a list of messages.
-
-    Raises:
-        InvalidRequestError: something in it is no JSON.
-    """
-    chat = is_chat(prompt)
-    body: dict[str, Any] = {"model": model, **_prompt_fields(prompt), **_option_fields(options, chat)}
-    body |= {"timeout": remaining_s, "return_token_ids": True}
-    if stream:
-        body |= {"stream": True, "stream_options": {"include_usage": True}}
-    try:
-        data = json.dumps(body, allow_nan=False, separators=(",", ":")).encode()
-    except (TypeError, ValueError) as error:
-        raise InvalidRequestError(f"the request cannot be written as JSON: {error}") from error
-    return HttpRequest("POST", "/v1/chat/completions" if chat else "/v1/completions", _JSON, (data,))
-
-
-def check_options(options: GenerateOptions) -> None:
-    """The type checker knows the names of the options; at run time a mistyped one must not pass silently either.
-
-    Raises:
-        TypeError: an option of that name does not exist.
-    """
-    known = GenerateOptions.__annotations__
-    for name in options:
-        if name not in known:
-            raise TypeError(f"unknown option {name!r}; there are {', '.join(known)}")
-
-
-def is_chat(prompt: Prompt | Sequence[Message]) -> bool:
-    """Whether `prompt` is messages rather than text or token ids."""
-    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
-
-
-def _prompt_fields(prompt: Prompt | Sequence[Message]) -> dict[str, Any]:
-    if isinstance(prompt, str):
-        return {"prompt": prompt}
-    if is_chat(prompt):
-        return {"messages": [dict(message) for message in prompt]}  # type: ignore[arg-type]
-    try:
-        return {"prompt": [int(token) for token in prompt]}  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        raise InvalidRequestError(f"a prompt is text, token ids or messages: {error}", param="prompt") from error
-
-
-def _option_fields(options: GenerateOptions, chat: bool) -> dict[str, Any]:
-    fields = {name: value for name, value in options.items() if value is not None}
-    fields.pop("timeout_s", None)
-    extra = fields.pop("extra_body", {})
-    if chat and "logprobs" in fields:
-        fields |= {"top_logprobs": fields["logprobs"], "logprobs": True}
-    for name in ("stop", "stop_token_ids"):
-        if name in fields and not isinstance(fields[name], str):
-            fields[name] = list(fields[name])  # type: ignore[call-overload]
-    return {**fields, **extra}  # type: ignore[dict-item]
+    def as_message(self) -> dict[str, Any]:
+        """This answer as a message, for the conversation to go on from."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.text}
+        if self.tool_calls:
+            message |= {"content": self.text or None, "tool_calls": [call.as_json() for call in self.tool_calls]}
+        return message
 
 
 @dataclass
@@ -168,6 +121,9 @@ class GenerationBuilder:
     model: str = ""
     usage: Usage | None = None
     finish_reason: str | None = None
+    mode: AppliedMode | None = None
+    _prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    _prompt_token_ids: tuple[int, ...] | None = None
     _chunks: list[GenerationChunk] = field(default_factory=list)
 
     def add(self, event: bytes) -> GenerationChunk | None:
@@ -183,21 +139,34 @@ class GenerationBuilder:
                 raise error_from_object(body["error"])
             self.model = body.get("model", self.model)
             if usage := body.get("usage"):
-                self.usage = Usage(int(usage["prompt_tokens"]), int(usage.get("completion_tokens", 0)))
+                self.usage = _usage(usage)
+            if mode := body.get("pimoe"):
+                self.mode = _mode(mode)
+            self._take_prompt(body)
             return self._add_choice(body["choices"][0]) if body["choices"] else None
 
+    def _take_prompt(self, found: Mapping[str, Any]) -> None:
+        """What is told of the prompt: of chats beside the choices, of completions in each."""
+        if found.get("prompt_logprobs") is not None:
+            self._prompt_logprobs = prompt_logprobs(found["prompt_logprobs"])
+        if found.get("prompt_token_ids") is not None:
+            self._prompt_token_ids = tuple(int(token) for token in found["prompt_token_ids"])
+
     def _add_choice(self, choice: Mapping[str, Any]) -> GenerationChunk | None:
+        self._take_prompt(choice)
         said = choice.get("message") or choice.get("delta") or {}
         chunk = GenerationChunk(
             text=str(choice.get("text") or said.get("content") or ""),
             token_ids=tuple(int(token) for token in choice.get("token_ids") or ()),
             finish_reason=choice.get("finish_reason"),
-            logprobs=_logprobs(choice.get("logprobs")),
+            logprobs=token_logprobs(choice.get("logprobs")),
+            tool_calls=_tool_calls(said.get("tool_calls") or []),
         )
         self.finish_reason = chunk.finish_reason or self.finish_reason
         self._chunks.append(chunk)
         # The first piece of a chat may say nothing but whose turn it is.
-        return chunk if chunk.text or chunk.token_ids or chunk.finish_reason else None
+        told = chunk.text or chunk.token_ids or chunk.finish_reason or chunk.tool_calls
+        return chunk if told else None
 
     def build(self) -> Generation:
         """The generation so far."""
@@ -211,27 +180,43 @@ class GenerationBuilder:
             model=self.model,
             cache=self.cache,
             request_id=self.request_id,
+            tool_calls=self._tool_calls(),
+            prompt_logprobs=self._prompt_logprobs,
+            prompt_token_ids=self._prompt_token_ids,
+            mode=self.mode,
         )
 
+    def _tool_calls(self) -> tuple[ToolCall, ...]:
+        calls: dict[int, ToolCall] = {}
+        for delta in (delta for chunk in self._chunks for delta in chunk.tool_calls):
+            known = calls.get(delta.index, ToolCall("", "", ""))
+            arguments = known.arguments + delta.arguments
+            calls[delta.index] = ToolCall(delta.id or known.id, delta.name or known.name, arguments)
+        return tuple(calls[index] for index in sorted(calls))
 
-def _logprobs(found: Mapping[str, Any] | None) -> tuple[TokenLogprob, ...] | None:
-    """Both of OpenAI's forms: lists side by side for completions, a list of objects for chats."""
-    if found is None:
-        return None
-    if found.get("content") is not None:
-        return tuple(
-            TokenLogprob(
-                str(item["token"]),
-                float(item["logprob"]),
-                tuple((str(top["token"]), float(top["logprob"])) for top in item.get("top_logprobs") or ()),
-            )
-            for item in found["content"]
-        )
-    tokens = found.get("tokens") or ()
-    tops = found.get("top_logprobs") or [{}] * len(tokens)
+
+def _usage(found: Mapping[str, Any]) -> Usage:
+    details = found.get("prompt_tokens_details") or {}
+    cached = int(details.get("cached_tokens") or 0)
+    return Usage(int(found["prompt_tokens"]), int(found.get("completion_tokens", 0)), cached)
+
+
+def _mode(found: Mapping[str, Any]) -> AppliedMode:
+    return AppliedMode(
+        found.get("mode"), found.get("trimmed_messages"), found.get("trimmed_tokens"), found.get("kept_messages")
+    )
+
+
+def _tool_calls(found: list[Mapping[str, Any]]) -> tuple[ToolCallDelta, ...]:
+    """Of a whole message, where they have no index, or of a streamed one."""
     return tuple(
-        TokenLogprob(str(token), float(logprob), tuple((str(text), float(p)) for text, p in (top or {}).items()))
-        for token, logprob, top in zip(tokens, found.get("token_logprobs") or (), tops, strict=True)
+        ToolCallDelta(
+            int(call.get("index", place)),
+            call.get("id"),
+            (call.get("function") or {}).get("name"),
+            str((call.get("function") or {}).get("arguments") or ""),
+        )
+        for place, call in enumerate(found)
     )
 
 

@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 
 from .about import Health
 from .async_client import DEFAULT_TIMEOUT_S, DEFAULT_URL, AsyncClient, Operations
-from .generation import GenerateOptions, Generation, GenerationChunk, Message, Prompt
+from .generate_options import GenerateOptions, Message, Prompt
+from .generation import Generation, GenerationChunk
 from .inference import InferOptions, Outcome
 from .loop_thread import LoopThread
 from .settings import Limits, RetryPolicy
 from .streaming import AsyncGenerationStream
+from .tokens import Tokens
 from .transport import Transport
 
 
@@ -129,6 +131,30 @@ class Client:
     def stream(self, prompt: Prompt | Sequence[Message], **options: Unpack[GenerateOptions]) -> GenerationStream:
         """See `AsyncClient.stream`. `with` and plain `for` both end the request when they are left early."""
         return GenerationStream(self._client.stream(prompt, **options), self._thread, self)
+
+    def tokenize(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        add_special_tokens: bool | None = None,
+        return_token_strs: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        timeout_s: float | None = None,
+    ) -> Tokens:
+        """See `AsyncClient.tokenize`."""
+        return self._thread.run(
+            self._client.tokenize(
+                prompt,
+                add_special_tokens=add_special_tokens,
+                return_token_strs=return_token_strs,
+                tools=tools,
+                timeout_s=timeout_s,
+            )
+        )
+
+    def detokenize(self, token_ids: Sequence[int], *, timeout_s: float | None = None) -> str:
+        """See `AsyncClient.detokenize`."""
+        return self._thread.run(self._client.detokenize(token_ids, timeout_s=timeout_s))
 
     def models(self) -> list[str]:
         """See `AsyncClient.models`."""
