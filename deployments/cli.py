@@ -19,7 +19,7 @@ try:
 except ImportError as missing:  # the light client is installed without the server's packages
     sys.exit(f"the pimoe command needs the server: pip install 'pimoe[server]' ({missing})")
 
-from ..clients import AsyncClient, Client, PimoeClientError
+from ..clients import AsyncClient, Client, GenerateOptions, Mode, PimoeClientError
 from ..runtime.embedded import CHECKPOINT
 from ..runtime.embedded.evaluate import MAX_ANSWER_TOKENS, Answer, SkillScore, evaluate
 from ..runtime.errors import ConfigurationError, PimoeError
@@ -43,6 +43,7 @@ console = Console()
 cli.add_typer(cache_cli, name="cache")
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+_MAX_TOKENS = 128
 
 ModelArgument = Annotated[
     str | None, typer.Argument(help="Folder of a checkpoint; the embedded model when left out.")
@@ -62,6 +63,9 @@ def _checked_url(url: str | None) -> str | None:
     return url
 
 
+ModeOption = Annotated[
+    Mode | None, typer.Option(help="A preset of the server; what is given besides wins over it.")
+]
 UrlOption = Annotated[str, typer.Option(help="Where the application answers.", callback=_checked_url)]
 
 
@@ -192,13 +196,36 @@ def _progress(step: str) -> None:
 def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
     url: UrlOption = DEFAULT_URL,
-    max_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float, typer.Option(min=0)] = 0.0,
+    mode: ModeOption = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Send it as the user's message of a chat.")] = False,
+    system: Annotated[str | None, typer.Option(help="With --chat: the system's message before it.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help=f"{_MAX_TOKENS} when left out, or the mode's own.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="0 for all tokens.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Equal ones give equal answers.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be repeated.")] = None,
+    cache: Annotated[bool, typer.Option(help="Whether the result cache may answer.")] = True,
 ) -> None:
     """Continue a prompt and show the tokens as they come."""
+    if system is not None and not chat:
+        raise typer.BadParameter("--system needs --chat")
     text = sys.stdin.read() if prompt == "-" else prompt.replace("\\n", "\n")
+    before = [] if system is None else [{"role": "system", "content": system}]
+    options: GenerateOptions = {
+        "mode": mode,
+        "max_tokens": max_tokens or (_MAX_TOKENS if mode in (None, "none") else None),
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+        "stop": stop or None,
+        "cache": None if cache else False,
+    }
     with Client(url) as client:
-        for chunk in client.stream(text, max_tokens=max_tokens, temperature=temperature):
+        for chunk in client.stream([*before, {"role": "user", "content": text}] if chat else text, **options):
             print(chunk.text, end="", flush=True)
     print()
 
