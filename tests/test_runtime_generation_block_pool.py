@@ -239,7 +239,8 @@ class PoolMachine(RuleBasedStateMachine):
         for block in found:
             self.holders[block] += 1
         self.kept = [block for block in self.kept if block not in waking]
-        assert self.pool.take(needed) == (taken := self.expect_taken(needed))
+        taken = self.pool.take(needed)
+        assert taken == self.expect_taken(needed)
         sequence.blocks = [*found, *taken]
         sequence.computed = len(found)
         self.sequences.append(sequence)
@@ -268,7 +269,8 @@ class PoolMachine(RuleBasedStateMachine):
             with pytest.raises(IndexError):
                 self.pool.take(needed)
             return
-        assert self.pool.take(needed) == (taken := self.expect_taken(needed))
+        taken = self.pool.take(needed)
+        assert taken == self.expect_taken(needed)
         sequence.blocks += taken
         sequence.tokens = grown
         extend_hashes(sequence.hashes, sequence.salt, grown, BLOCK)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import struct
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -89,6 +89,12 @@ class BlockPool:
     def kept_among(self, blocks: Sequence[int]) -> int:
         """How many of these nobody holds: holding them makes so many fewer available."""
         return sum(not self._holders[block] for block in blocks)
+
+    def would_free(self, blocks: Sequence[int], gone: Counter[int]) -> list[int]:
+        """Which of these blocks nobody would hold if their sequence let go of them, after others let go of `gone`;
+        enters them there."""
+        gone.update(blocks)
+        return [block for block in blocks if gone[block] == self._holders[block]]
 
     def hold(self, blocks: Sequence[int]) -> None:
         """One more sequence holds these blocks, which are known."""

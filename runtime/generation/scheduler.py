@@ -8,7 +8,8 @@ of it is taken from the cache and the rest computed again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ..requests import GenerateRequest, TokenLogprob
@@ -109,7 +110,7 @@ class Scheduler:
 
     def has_seat(self, rank: int) -> bool:
         """Whether one more of that class may run, if need be instead of one of a lower class."""
-        return len(self.running) < self.limits.max_sequences or self._who_gives_way(rank) is not None
+        return len(self.running) < self.limits.max_sequences or any(self._who_may_give_way(rank))
 
     def admit(self, generation: Generation) -> bool:
         """Let a new or preempted sequence run, if there are a seat and blocks for all of its tokens so far. Who is
@@ -145,8 +146,10 @@ class Scheduler:
                 else:
                     self._preempt(max(self.running, key=lambda g: g.order))
         items = [_item(generation, 1) for generation in decoding if generation.blocks]
-        prefilling = sorted((g for g in self.running if g.pending > 1), key=lambda g: g.order)
-        counts = share_prefill([_wanted(g) for g in prefilling], self._prefill_budget(len(items)))
+        # In the order of the queue, whatever their classes: while work of a higher one keeps coming, a prompt would
+        # else wait for ever and hold its seat and its blocks.
+        prefilling = sorted((g for g in self.running if g.pending > 1), key=lambda g: (g.key, g.number))
+        counts = share_prefill(_wanted(prefilling), self._prefill_budget(len(items)))
         return items + [_item(g, count) for g, count in zip(prefilling, counts, strict=True) if count]
 
     def take_fresh(self) -> list[int]:
@@ -169,6 +172,11 @@ class Scheduler:
                 self.pool.publish(generation.blocks[place], generation._hashes[place])
             generation._published = full
 
+    def distrust(self, generation: Generation) -> None:
+        """What is cached of a sequence is wrong, as its logits tell that are not finite: nobody else is to begin
+        with it."""
+        self.pool.distrust(generation.blocks)
+
     def remove(self, generation: Generation) -> None:
         """A sequence ended, wherever it was."""
         if generation in self.preempted:
@@ -183,25 +191,35 @@ class Scheduler:
         return max(least, self.limits.max_step_tokens - decoding)
 
     def _make_room(self, rank: int, needed: int, found: Sequence[int]) -> bool:
-        def fits() -> bool:
-            # Each that runs may need a block before any gives one back; alone, a sequence has all there are.
-            spare = len(self.running)
-            seat = len(self.running) < self.limits.max_sequences
-            return seat and needed + self.pool.kept_among(found) + spare <= self.pool.available
-
-        while not fits():
-            victim = self._who_gives_way(rank)
-            if victim is None:
-                return False
+        leaving = self._who_must_go(rank, needed, found)
+        for victim in leaving or ():
             victim.gave_way = True
             self._preempt(victim)
-        return True
+        return leaving is not None
 
-    def _who_gives_way(self, rank: int) -> Generation | None:
-        """The least important sequence of a lower class. Each gives way once at most: it would else be computed
-        again and again, and never end, while important work keeps coming."""
+    def _who_must_go(self, rank: int, needed: int, found: Sequence[int]) -> list[Generation] | None:
+        """Who gives way to a newcomer that takes `needed` blocks besides those `found`; None where all who may
+        would not be enough: nobody is given up in vain."""
+        # Each that runs may need a block before any gives one back; alone, a sequence has all there are.
+        staying = len(self.running)
+        spare = self.pool.available - self.pool.kept_among(found) - needed
+        gone: Counter[int] = Counter()
+        leaving: list[Generation] = []
+        candidates = self._who_may_give_way(rank)
+        while staying >= self.limits.max_sequences or spare < staying:
+            victim = next(candidates, None)
+            if victim is None:
+                return None
+            leaving.append(victim)
+            staying -= 1
+            spare += sum(block not in found for block in self.pool.would_free(victim.blocks, gone))
+        return leaving
+
+    def _who_may_give_way(self, rank: int) -> Iterator[Generation]:
+        """Sequences of lower classes, the least important first. Each gives way once at most: it would else be
+        computed again and again, and never end, while important work keeps coming."""
         lower = [g for g in self.running if g.rank < rank and not g.gave_way]
-        return max(lower, key=lambda g: g.order, default=None)
+        return iter(sorted(lower, key=lambda g: g.order, reverse=True))
 
     def _preempt(self, generation: Generation) -> None:
         self.running.remove(generation)
@@ -221,13 +239,13 @@ class Scheduler:
 
 
 def share_prefill(pending: Sequence[int], budget: int) -> list[int]:
-    """How many tokens of each prompt the step takes, of prompts in order of importance. Half of the budget goes to
-    the shortest, so that a short prompt does not wait for a long one; the rest goes to the first, so that a long
-    one does not wait for ever."""
+    """How many tokens of each prompt the step takes, of prompts in the order of the queue. Half of the budget goes
+    to the shortest, so that a short prompt does not wait for a long one; the rest, one token at least, goes to the
+    first, so that a long one does not wait for ever."""
     counts = [0] * len(pending)
     left = budget
     for reserved, order in (
-        (budget // 2, sorted(range(len(pending)), key=lambda index: pending[index])),
+        (budget - budget // 2, sorted(range(len(pending)), key=lambda index: pending[index])),
         (0, range(len(pending))),
     ):
         for index in order:
@@ -238,10 +256,15 @@ def share_prefill(pending: Sequence[int], budget: int) -> list[int]:
     return counts
 
 
-def _wanted(generation: Generation) -> int:
-    if generation.wants_prompt_logprobs:
-        return min(generation.pending, _PROMPT_LOGPROB_ROWS)
-    return generation.pending
+def _wanted(prefilling: Sequence[Generation]) -> list[int]:
+    rows, wanted = _PROMPT_LOGPROB_ROWS, []
+    for generation in prefilling:
+        count = generation.pending
+        if generation.wants_prompt_logprobs:
+            count = min(count, rows)
+            rows -= count
+        wanted.append(count)
+    return wanted
 
 
 def _item(generation: Generation, count: int) -> StepItem:
