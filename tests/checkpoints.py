@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.utils import logging
 
 logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -124,3 +126,65 @@ def as_old_spelling(folder: Path) -> None:
         old["num_experts"] = config["num_local_experts"]
         edit_config(folder, ("num_local_experts",))
     edit_config(folder, ("rope_parameters", "dtype"), **old)
+
+
+def as_fp8(folder: Path, exact: Path, block: tuple[int, int] = (16, 12)) -> None:
+    """Rewrites the projections in `folder` as FP8 with a scale per block, as DeepSeek-V3 is published, and writes
+    into `exact` the checkpoint with the same numbers in float32."""
+    stored: dict[str, torch.Tensor] = {}
+    same: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        stored[name] = same[name] = tensor
+        if not name.endswith("_proj.weight") and not name.endswith("_proj_with_mqa.weight"):
+            continue
+        rows, columns = tensor.shape
+        shape = (-(-rows // block[0]), -(-columns // block[1]))
+        scales = torch.rand(shape) * 2e-3 + 1e-3
+        spread = scales.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+        stored[name] = (tensor / spread).to(torch.float8_e4m3fn)
+        stored[f"{name}_scale_inv"] = scales
+        same[name] = stored[name].float() * spread
+    _write_twice(folder, exact, stored, same)
+    quantization = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+    edit_config(folder, quantization_config={**quantization, "weight_block_size": list(block)})
+
+
+def as_mxfp4(folder: Path, exact: Path) -> None:
+    """Replaces the experts of a gpt-oss checkpoint by random ones in MXFP4, as it is published, and writes into
+    `exact` the checkpoint with the same numbers in float32, by transformers."""
+    generator = torch.Generator().manual_seed(0)
+    stored = load_file(folder / "model.safetensors")
+    same = dict(stored)
+    for name in [name for name in stored if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = stored.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(121, 126, blocks.shape[:-1], dtype=torch.uint8, generator=generator)
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        same[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    _write_twice(folder, exact, stored, same)
+    edit_config(folder, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
+
+
+def _write_twice(
+    folder: Path, exact: Path, stored: dict[str, torch.Tensor], same: dict[str, torch.Tensor]
+) -> None:
+    exact.mkdir()
+    (exact / "config.json").write_text((folder / "config.json").read_text())
+    save_file(stored, folder / "model.safetensors")
+    save_file(same, exact / "model.safetensors", metadata={"format": "pt"})
+
+
+def add_prediction_layer(folder: Path) -> None:
+    """Adds what a published DeepSeek-V3 holds behind its last layer, to predict a token further ahead."""
+    tensors = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    layer, last = config["num_hidden_layers"], config["num_hidden_layers"] - 1
+    extra = {
+        name.replace(f"layers.{last}.", f"layers.{layer}."): torch.full_like(tensor, torch.nan)
+        for name, tensor in tensors.items()
+        if f"layers.{last}." in name
+    }
+    hidden = config["hidden_size"]
+    extra[f"model.layers.{layer}.eh_proj.weight"] = torch.full((hidden, 2 * hidden), torch.nan)
+    extra[f"model.layers.{layer}.shared_head.norm.weight"] = torch.full((hidden,), torch.nan)
+    save_file({**tensors, **extra}, folder / "model.safetensors", metadata={"format": "pt"})

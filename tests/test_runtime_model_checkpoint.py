@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -70,6 +71,36 @@ def test_a_tensor_owns_its_memory(folder: Path) -> None:
     tensor.add_(1)
     shutil.rmtree(folder)
     assert torch.equal(tensor, TENSORS["a.weight"] + 1)
+
+
+def test_slices_read_only_their_rows(folder: Path) -> None:
+    checkpoint, file = Checkpoint(folder), folder / "model.safetensors"
+    entry = checkpoint._entry("a.weight")
+    content = bytearray(file.read_bytes())
+    content[entry.offset : entry.offset + 16] = b"\xff" * 16  # row 0, as NaN
+    file.write_bytes(content)
+    assert torch.equal(checkpoint.read_slice("a.weight", 1, 3), TENSORS["a.weight"][1:3])
+    assert checkpoint.read_slice("a.weight", 0, 1).isnan().all()
+    half = checkpoint.read_slice("a.weight", 2, 3, torch.bfloat16, expected_shape=(3, 4))
+    assert half.dtype is torch.bfloat16
+    assert torch.equal(half, TENSORS["a.weight"][2:3].bfloat16())
+    assert checkpoint.read_slice("a.weight", 1, 1).shape == (0, 4)
+    assert checkpoint.read_slice("d.empty", 0, 0).shape == (0, 3)
+    os.truncate(file, entry.offset + 32)  # rows 0 and 1 are left
+    assert torch.equal(checkpoint.read_slice("a.weight", 1, 2), TENSORS["a.weight"][1:2])
+    with pytest.raises(CheckpointError, match=r"tensor 'a\.weight' cannot be read"):
+        checkpoint.read_slice("a.weight", 2, 3)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 1), (0, 4), (2, 1), (4, 4)])
+def test_rows_that_a_tensor_lacks_are_refused(folder: Path, start: int, stop: int) -> None:
+    checkpoint = Checkpoint(folder)
+    with pytest.raises(CheckpointError, match=rf"'a.weight' of shape \[3, 4\] has no rows {start} to {stop}"):
+        checkpoint.read_slice("a.weight", start, stop)
+    with pytest.raises(CheckpointError, match=r"'c.scalar' of shape \[\] has no rows"):
+        checkpoint.read_slice("c.scalar", 0, 1)
+    with pytest.raises(CheckpointError, match=r"has shape \[3, 4\], expected \[3, 5\]"):
+        checkpoint.read_slice("a.weight", 0, 1, expected_shape=(3, 5))
 
 
 def test_shards(sharded: Path) -> None:

@@ -9,13 +9,25 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import FAMILIES, edit_config, make_checkpoint
+from checkpoints import FAMILIES, edit_config, make_checkpoint, reference_model
 from pimoe.runtime.errors import CheckpointError, ConfigurationError, UnknownFamilyError
+from pimoe.runtime.local import LocalRuntime
 from pimoe.runtime.model.checkpoint import Checkpoint
 from pimoe.runtime.model.decoder import Decoder
 from pimoe.runtime.model.families import FAMILIES as KNOWN
 from pimoe.runtime.model.families import read_spec
-from pimoe.runtime.model.spec import DecoderSpec, ExpertSpec, GatedNames, LayerSpec, RopeSpec
+from pimoe.runtime.model.safetensors_header import read_header
+from pimoe.runtime.model.spec import (
+    DecoderSpec,
+    ExpertSpec,
+    GatedNames,
+    GateSpec,
+    LayerSpec,
+    RopeSpec,
+    StackedSpec,
+)
+from pimoe.runtime.requests import InferRequest
+from pimoe.runtime.tensors import from_wire, to_wire
 from safetensors.torch import load_file, save_file
 
 
@@ -126,6 +138,173 @@ def test_harmless_values_of_refused_fields_pass(folder: Path) -> None:
     before = read_spec(Checkpoint(folder))
     edit_config(folder, attn_logit_softcapping=None, routed_scaling_factor=1.0, n_group=1, mlp_bias=False)
     assert read_spec(Checkpoint(folder)) == before
+
+
+@pytest.mark.parametrize(
+    ("family", "values", "message"),
+    [
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method = 'noaux_tc'; expected greedy or group_limited"),
+        ("deepseek_v2", {"topk_method": "group_limited_greedy"}, "n_group is missing"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob = True is not supported"),
+        ("deepseek_v2", {"scoring_func": "sigmoid"}, "scoring_func = 'sigmoid' is not supported"),
+        ("deepseek_v2", {"moe_layer_freq": 2}, "moe_layer_freq = 2 is not supported"),
+        ("deepseek_v2", {"first_k_dense_replace": 3}, r"moe_layers = \(\)"),
+        ("deepseek_v2", {"first_k_dense_replace": [1, 2]}, r"first_k_dense_replace = \(1, 2\); expected a whole"),
+        ("deepseek_v2", {"first_k_dense_replace": -1}, "first_k_dense_replace = -1"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func = 'softmax' is not supported"),
+        ("deepseek_v3", {"topk_method": "greedy"}, "topk_method = 'greedy' is not supported"),
+        ("deepseek_v3", {"n_group": 4}, "groups = 4; expected a divisor of num_experts 6"),
+        ("deepseek_v3", {"topk_group": 4}, "top_groups = 4; expected 1 to groups 3"),
+        (
+            "deepseek_v3",
+            {"topk_group": 1, "num_experts_per_tok": 3},
+            "top_groups = 1; expected enough groups of 2",
+        ),
+        ("deepseek_v3", {"kv_lora_rank": None}, "kv_lora_rank is missing"),
+        ("deepseek_v3", {"qk_rope_head_dim": 7}, "rope_dim = 7; expected an even number"),
+        ("gpt_oss", {"layer_types": ["full_attention"]}, "layer_types = .*; expected 3 of full_attention"),
+        ("gpt_oss", {"layer_types": [["full_attention"]] * 3}, "layer_types"),
+        ("gpt_oss", {"swiglu_limit": 0}, "swiglu_limit = 0; expected a number above 0"),
+        ("gpt_oss", {"rope_parameters": None}, "rope_parameters = None; expected the rotary embedding"),
+    ],
+)
+def test_fields_of_one_family_are_checked(
+    family: str, values: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder = make_checkpoint(family, tmp_path)
+    edit_config(folder, **values)
+    with pytest.raises(ConfigurationError, match=message):
+        read_spec(Checkpoint(folder))
+
+
+PUBLISHED_YARN = {
+    "type": "yarn",
+    "factor": 40,
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+
+
+def test_fields_as_deepseek_v3_is_published(tmp_path: Path) -> None:
+    folder = make_checkpoint("deepseek_v3", tmp_path)
+    edit_config(
+        folder,
+        ("dtype", "rope_parameters", "rope_interleave"),
+        ep_size=1,
+        max_position_embeddings=163840,
+        moe_layer_freq=1,
+        num_nextn_predict_layers=1,
+        rope_scaling=PUBLISHED_YARN,
+        rope_theta=10000,
+        routed_scaling_factor=2.5,
+        scoring_func="sigmoid",
+        topk_method="noaux_tc",
+        torch_dtype="bfloat16",
+        quantization_config={
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "weight_block_size": [128, 128],
+        },
+    )
+    spec = decoder_spec(folder)
+    assert spec.experts.fp8_block == (128, 128)
+    assert spec.max_context_tokens == 163840
+    assert spec.rope.factor == 40.0
+    assert spec.rope.attention_factor == 1.0
+    assert spec.softmax_scale == pytest.approx(20**-0.5 * (0.1 * math.log(40) + 1) ** 2)
+    assert spec.gate == GateSpec(
+        kind="group_limited", scores="sigmoid", correction_bias=True, groups=3, top_groups=2, scaling=2.5
+    )
+    assert spec.latent is not None
+    assert spec.latent.interleaved
+    assert (spec.rotary_dim, spec.cached_heads, spec.cached_key_dim, spec.cached_value_dim) == (8, 1, 28, 0)
+
+
+def test_fields_as_deepseek_v2_lite_is_published(tmp_path: Path) -> None:
+    folder = make_checkpoint("deepseek_v2", tmp_path)
+    edit_config(
+        folder,
+        aux_loss_alpha=0.001,
+        moe_layer_freq=1,
+        n_group=1,
+        topk_group=1,
+        q_lora_rank=None,
+        routed_scaling_factor=1.0,
+        rope_scaling={**PUBLISHED_YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+        scoring_func="softmax",
+        seq_aux=True,
+        topk_method="greedy",
+    )
+    spec = decoder_spec(folder)
+    assert spec.latent is not None
+    assert spec.latent.query_rank is None
+    assert spec.gate == GateSpec(kind="group_limited")
+    assert spec.shared_expert_size == 2 * 24
+
+
+def test_fields_as_gpt_oss_is_published(tmp_path: Path) -> None:
+    folder = make_checkpoint("gpt_oss", tmp_path, hidden_size=64, intermediate_size=32)
+    edit_config(
+        folder,
+        ("dtype", "rope_parameters", "swiglu_alpha"),
+        experts_per_token=4,
+        initial_context_length=4096,
+        max_position_embeddings=131072,
+        quantization_config={
+            "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router"],
+            "quant_method": "mxfp4",
+        },
+        rope_scaling={
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
+        rope_theta=150000,
+        sliding_window=128,
+        swiglu_limit=7.0,
+    )
+    spec = decoder_spec(folder)
+    assert spec.experts.stacked == StackedSpec("model.layers.{layer}.mlp.experts.", 1.702, 7.0, mxfp4=True)
+    assert spec.sliding_windows == (128, None, 128)
+    assert spec.attention_sinks
+    assert not spec.rope.truncate
+    assert spec.max_context_tokens == 131072
+    assert spec.gate.name == "router"
+
+
+def test_dtype_is_that_of_the_first_tensor_that_is_computed_in(tmp_path: Path) -> None:
+    folder = make_checkpoint("gpt_oss", tmp_path, dtype="bfloat16")
+    (folder / "model.safetensors").rename(folder / "two.safetensors")
+    save_file({"blocks": torch.zeros(2, dtype=torch.uint8)}, folder / "one.safetensors")
+    weight_map = {"blocks": "one.safetensors"}
+    weight_map |= dict.fromkeys(read_header(folder / "two.safetensors").entries, "two.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    edit_config(folder, ("dtype",))
+    assert Checkpoint(folder).names[0] == "blocks"
+    assert decoder_spec(folder).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_tensors_go_through_the_gate_and_routed_experts_of_one_layer(family: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(family, tmp_path)
+    spec = decoder_spec(folder)
+    hidden, layer = torch.randn(7, spec.hidden_size), spec.experts.moe_layers[-1]
+    async with await LocalRuntime.start(folder, groups=2) as runtime:
+        info = runtime.router.model
+        assert (info.top_k, info.num_experts, info.moe_layers) == (spec.top_k, 6, spec.experts.moe_layers)
+        result = await runtime.router.infer(InferRequest("r", to_wire(hidden), layer))
+    mlp = reference_model(folder).model.layers[layer].mlp
+    with torch.no_grad():
+        _, weights, ids = (mlp.router if family == "gpt_oss" else mlp.gate)(hidden)
+        expected = mlp.experts(hidden, ids, weights)
+    torch.testing.assert_close(from_wire(result.output), expected, atol=1e-4, rtol=0)
 
 
 def test_qwen2_sliding_layers_need_a_window(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The gate of the families: softmax in float32, the k best, renormalised and rounded as asked."""
+"""The gates: softmax in float32, before or after the k best are chosen, renormalised and rounded as asked."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pimoe.runtime.routing.strategies import TopKSoftmax
+from pimoe.runtime.routing.strategies import SoftmaxOfTopK, TopKSoftmax
 
 
 @given(
@@ -64,3 +64,23 @@ def test_softmax_is_computed_in_float32() -> None:
     assert routing.expert_ids.tolist() == [[1, 0]]
     expected = torch.softmax(torch.tensor([4.03125, 4.0]), dim=-1)
     torch.testing.assert_close(routing.weights[0], expected, atol=1e-7, rtol=0)
+
+
+def test_softmax_of_top_k_weighs_the_chosen_among_themselves() -> None:
+    torch.manual_seed(0)
+    weight, bias, hidden = torch.randn(6, 8), torch.randn(6), torch.randn(20, 8)
+    gate = SoftmaxOfTopK(weight, bias, 3)
+    routing = gate(hidden)
+    logits = hidden.double() @ weight.double().T + bias
+    best, ids = logits.topk(3, dim=-1)
+    assert gate.num_experts == 6
+    assert torch.equal(routing.expert_ids, ids)
+    assert routing.weights.dtype is torch.float32
+    torch.testing.assert_close(routing.weights.double(), best.softmax(-1), atol=1e-6, rtol=1e-5)
+
+
+def test_softmax_of_top_k_rounds_its_weights_to_the_models_dtype() -> None:
+    torch.manual_seed(0)
+    gate = SoftmaxOfTopK(torch.randn(6, 8).bfloat16(), torch.randn(6).bfloat16(), 3)
+    weights = gate(torch.randn(20, 8).bfloat16()).weights
+    assert torch.equal(weights, weights.bfloat16().float())

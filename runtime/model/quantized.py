@@ -72,6 +72,6 @@ def dequantize_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     """
     pairs = torch.stack((blocks & 0x0F, blocks >> 4), -1).flatten(-2)
     values = torch.tensor(_E2M1)[pairs.int()]
-    factors = torch.ldexp(torch.ones(()), scales.int() - _E8M0_BIAS)
+    factors = torch.ldexp(torch.ones(scales.shape), scales.int() - _E8M0_BIAS)
     factors.masked_fill_(scales == _E8M0_NAN, torch.nan)
     return (values * factors[..., None]).flatten(-2)

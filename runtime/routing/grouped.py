@@ -69,7 +69,7 @@ class GroupLimitedTopK:
         """`[tokens, experts]` -> `[tokens, top_k]` expert ids."""
         preferences = scores if self.correction_bias is None else scores + self.correction_bias
         if self.top_groups < self.groups:
-            by_group = preferences.view(scores.shape[0], self.groups, -1)
+            by_group = preferences.view(-1, self.groups, self.num_experts // self.groups)
             best = by_group.topk(self._counted(by_group.shape[2]), dim=-1).values.sum(-1)
             kept = best.topk(self.top_groups, dim=-1).indices
             closed = torch.ones_like(best, dtype=torch.bool).scatter_(1, kept, False)
