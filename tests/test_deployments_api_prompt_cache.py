@@ -195,3 +195,17 @@ def test_the_embedded_checkpoint_has_no_clock(tmp_path: Path) -> None:
     dated = Tokenizer.load(tmp_path)
     assert dated is not None
     assert dated.chat_reads_clock
+
+
+def test_special_tokens_are_added_where_asked_for_and_only_there() -> None:
+    class Adding(CountingCodec):
+        def encode(self, text: str, /, add_special_tokens: bool = True) -> list[int]:
+            return [256] * add_special_tokens + list(text.encode())
+
+    for reads_clock in (False, True):
+        prompts = ChatPrompts(Adding(), reads_clock=reads_clock)
+        for _ in range(2):
+            plain, special = (prompts.token_ids(Chat(HELLO, special=special)) for special in (False, True))
+            assert plain is not None
+            assert special is not None
+            assert list(special) == [256, *plain]

@@ -62,11 +62,13 @@ class Chat:
     Attributes:
         variables: what the template reads besides the messages, such as `tools`.
         unfinished: the last message is to be continued, instead of a new one begun.
+        special: the tokenizer adds its special tokens to those that the template writes.
     """
 
     messages: Messages
     variables: Variables | None = None
     unfinished: bool = False
+    special: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +176,9 @@ class ChatPrompts:
         """
         if self._reads_clock:
             text = self._render(chat)
-            return self._ids(_digest(b"r", _utf8(text)), lambda: text, max_chars)
-        return self._ids(_chat_key(chat), lambda: self._render(chat), max_chars)
+            kind = b"R" if chat.special else b"r"
+            return self._ids(_digest(kind, _utf8(text)), lambda: text, (chat.special, max_chars))
+        return self._ids(_chat_key(chat), lambda: self._render(chat), (chat.special, max_chars))
 
     def text_tokens(self, text: str) -> int:
         """How many tokens a text has by itself, without special ones."""
@@ -196,15 +199,15 @@ class ChatPrompts:
         """See `ChatStatistics`."""
         return ChatStatistics(*self.cache.statistics(), self._trimmed_chats, self._trimmed_messages)
 
-    def _ids(self, key: bytes | None, render: Callable[[], str], max_chars: int) -> array[int] | None:
+    def _ids(self, key: bytes | None, render: Callable[[], str], encoding: tuple[bool, int]) -> array[int] | None:
+        special, max_chars = encoding
         found = None if key is None else self.cache.get(key)
         if isinstance(found, array):
             return found
         text = render()
         if len(text) > max_chars:
             return None
-        # A template writes its special tokens itself.
-        ids = array(_TOKEN_TYPE, self._codec.encode(text, add_special_tokens=False))
+        ids = array(_TOKEN_TYPE, self._codec.encode(text, add_special_tokens=special))
         if key is not None:
             self.cache.put(key, ids)
         return ids
@@ -218,7 +221,9 @@ class ChatPrompts:
 def _chat_key(chat: Chat) -> bytes | None:
     """None where it cannot be written exactly; then nothing is remembered."""
     try:
-        return _digest(b"c", orjson.dumps([list(chat.messages), chat.variables or None, chat.unfinished]))
+        return _digest(
+            b"c", orjson.dumps([list(chat.messages), chat.variables or None, chat.unfinished, chat.special])
+        )
     except TypeError:
         return None
 
