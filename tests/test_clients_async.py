@@ -88,7 +88,7 @@ async def test_options_that_do_not_exist_are_refused() -> None:
     own, _ = client()
     with pytest.raises(TypeError, match="layers"):
         await own.infer(ones(), layers=3)  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match=r"'maxtokens'; there are max_tokens"):
+    with pytest.raises(TypeError, match=r"'maxtokens'; there are mode, truncation, max_tokens"):
         await own.generate("x", maxtokens=3)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="'tempreature'"):
         own.stream("x", tempreature=3)  # type: ignore[call-arg]
