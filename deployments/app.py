@@ -43,7 +43,7 @@ def build(args: AppSettings | dict[str, Any]) -> Application:
     links = _link_config(args)
     group_apps = {
         name: _deployment(ExpertGroupReplica, name, args, settings, {"threads": settings.threads}).bind(
-            GroupConfig(name, folder, experts, dtype, args.device, settings.threads), links
+            GroupConfig(name, folder, experts, dtype, args.device, settings.threads, args.batch_invariant), links
         )
         for name, experts, settings in groups
     }
@@ -58,6 +58,7 @@ def build(args: AppSettings | dict[str, Any]) -> Application:
         groups=placed,
         limits=args.router.to_limits(),
         live=live,
+        batch_invariant=args.batch_invariant,
     )
     router_app = _deployment(RouterReplica, "router", args, args.router, live).bind(
         router_config, links, list(group_apps.values())
@@ -106,6 +107,7 @@ def _gateway_config(args: AppSettings, placed: tuple[tuple[str, tuple[int, ...]]
         share_tenants=cache.share_tenants,
         prefetch=cache.to_prefetch(),
         prompt_cache=args.gateway.prompt_cache.to_limits(),
+        batch_invariant=args.batch_invariant,
     )
 
 

@@ -33,6 +33,7 @@ class GroupConfig:
     dtype: str
     device: str
     threads: int
+    batch_invariant: bool = False
 
 
 class ExpertGroupReplica:
@@ -43,7 +44,8 @@ class ExpertGroupReplica:
         device = choose_device(config.device)
         checkpoint = Checkpoint(config.folder)
         spec = read_spec(checkpoint)
-        group = ExpertGroup.load(checkpoint, spec.experts, config.experts, torch_dtype(config.dtype), device)
+        dtype = torch_dtype(config.dtype)
+        group = ExpertGroup.load(checkpoint, spec.experts, config.experts, dtype, device, config.batch_invariant)
         self._config = config
         self._fingerprint = checkpoint.fingerprint()
         self._load = LoadMeter()

@@ -60,6 +60,7 @@ class GatewayConfig:
     share_tenants: bool = False
     prefetch: PrefetchLimits = field(default_factory=PrefetchLimits)
     prompt_cache: PromptCacheLimits = field(default_factory=PromptCacheLimits)
+    batch_invariant: bool = False
 
 
 class GatewayReplica:
@@ -82,7 +83,11 @@ class GatewayReplica:
             StoppingBackend(RouterClient(self._pool), self.tokenizer),
             ResultCache(config.cache),
             self._second,
-            Serving(_tokenizer_digest(Path(config.folder)), tuple(experts for _, experts in config.groups)),
+            Serving(
+                _tokenizer_digest(Path(config.folder)),
+                tuple(experts for _, experts in config.groups),
+                config.batch_invariant,
+            ),
             config.share_tenants,
         )
         self._prefetcher = Prefetcher(

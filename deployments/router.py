@@ -41,6 +41,7 @@ class RouterConfig:
     groups: tuple[tuple[str, tuple[int, ...]], ...]  # name and experts of each
     limits: RouterLimits
     live: Mapping[str, Any]  # see `LiveSettings`
+    batch_invariant: bool = False
 
 
 class RouterReplica:
@@ -50,7 +51,9 @@ class RouterReplica:
         torch.set_num_threads(config.threads)
         self._config = config
         self._device = choose_device(config.device)
-        self._trunk = load_trunk(Path(config.folder), config.name, config.dtype, self._device)
+        self._trunk = load_trunk(
+            Path(config.folder), config.name, config.dtype, self._device, config.batch_invariant
+        )
         self._fingerprint = Checkpoint(config.folder).fingerprint()
         self._load = LoadMeter()
         self._live = LiveSettings(config.live)

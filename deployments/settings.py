@@ -293,6 +293,8 @@ class AppSettings(_Section):
         model: folder of a checkpoint, at the same path on every node; None: the embedded model.
         name: what requests call the model; the folder's name by default.
         dtype: float32, bfloat16, float16; the checkpoint's own by default.
+        batch_invariant: whether a token's numbers are the same to the bit whatever else is computed with it.
+            Slower; load_tests/batch_invariance.py says by how much.
         groups: how many expert groups, or one entry for each.
         group_defaults: settings of the groups when `groups` is a number.
         health_check_period_s: how soon a dead replica is noticed and replaced.
@@ -302,6 +304,7 @@ class AppSettings(_Section):
     name: str | None = None
     dtype: str | None = None
     device: str = "auto"
+    batch_invariant: bool = False
     groups: int | list[GroupSettings] = 2
     group_defaults: GroupSettings = Field(default_factory=GroupSettings)
     router: RouterSettings = Field(default_factory=RouterSettings)

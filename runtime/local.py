@@ -65,6 +65,7 @@ class LocalRuntime:
         replicas: int = 1,
         name: str | None = None,
         dtype: str | None = None,
+        batch_invariant: bool = False,
         limits: RouterLimits | None = None,
     ) -> LocalRuntime:
         """Load and start everything. What was started is stopped again when something fails.
@@ -72,22 +73,27 @@ class LocalRuntime:
         Args:
             groups: how many expert groups the experts are split into.
             replicas: processes of each group; only with `isolation="processes"`.
+            batch_invariant: see `Decoder.load`.
 
         Raises:
             CheckpointError, UnknownFamilyError, ConfigurationError.
         """
-        trunk = load_trunk(folder, name, dtype)
+        trunk = load_trunk(folder, name, dtype, batch_invariant=batch_invariant)
         placement = contiguous_placement(trunk.info.num_experts, groups)
         async with contextlib.AsyncExitStack() as cleanup:
             pools: list[LinkPool] = []
             processes: list[list[GroupProcess]] = []
             backends: list[GroupBackend]
             if isolation == "in-process":
-                backends = [_load_group(folder, experts, trunk.info.dtype) for experts in placement.groups]
+                backends = [
+                    _load_group(folder, experts, trunk.info.dtype, batch_invariant) for experts in placement.groups
+                ]
             else:
                 secret = new_secret()
                 configs = [
-                    GroupProcessConfig(f"group-{index}", str(folder), experts, trunk.info.dtype, secret)
+                    GroupProcessConfig(
+                        f"group-{index}", str(folder), experts, trunk.info.dtype, secret, 1, batch_invariant
+                    )
                     for index, experts in enumerate(placement.groups)
                 ]
                 processes = await _start_processes(configs, replicas, cleanup)
@@ -115,9 +121,11 @@ class LocalRuntime:
         await self.close()
 
 
-def _load_group(folder: Path, experts: Sequence[int], dtype: str) -> LocalGroup:
+def _load_group(folder: Path, experts: Sequence[int], dtype: str, batch_invariant: bool) -> LocalGroup:
     checkpoint = Checkpoint(folder)
-    return LocalGroup(ExpertGroup.load(checkpoint, read_spec(checkpoint).experts, experts, torch_dtype(dtype)))
+    spec = read_spec(checkpoint).experts
+    group = ExpertGroup.load(checkpoint, spec, experts, torch_dtype(dtype), batch_invariant=batch_invariant)
+    return LocalGroup(group)
 
 
 async def _start_processes(

@@ -7,6 +7,7 @@
                                                               with config.json: quantisation, routing
     tokenizer_digest         `Serving`                        tokenizer and chat template: what a prompt means
     placement                `Serving`                        experts per group: the order that sums are rounded in
+    batch_invariant          `Serving`                        other kernels
     tenant                   the request                      nothing is shared between tenants, unless configured
     endpoint                 "infer" or "generate"
     generate: cache_salt     the request                      the caller's own way to share nothing
@@ -42,6 +43,7 @@ class Serving:
 
     tokenizer_digest: str = ""
     placement: tuple[tuple[int, ...], ...] = ()
+    batch_invariant: bool = False
 
 
 _PLAIN = Serving()

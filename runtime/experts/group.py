@@ -50,15 +50,19 @@ class ExpertGroup:
         experts: Sequence[int],
         dtype: torch.dtype,
         device: str = "cpu",
+        batch_invariant: bool = False,
     ) -> ExpertGroup:
         """Read just these experts' tensors from the checkpoint and find the fastest kernel for them.
+
+        Args:
+            batch_invariant: see `Decoder.load`.
 
         Raises:
             CheckpointError: a tensor is missing or has the wrong shape.
         """
         if unknown := [expert for expert in experts if not 0 <= expert < spec.num_experts]:
             raise CheckpointError(f"experts {unknown} are not in the model, which has {spec.num_experts}")
-        layers = load_layers(checkpoint, spec, experts, dtype, device)
+        layers = load_layers(checkpoint, spec, experts, dtype, device, batch_invariant)
         return cls(experts, layers, spec.hidden_size)
 
     @property

@@ -11,13 +11,20 @@ from ..model.checkpoint import Checkpoint
 from ..model.expert_spec import ExpertSpec, StackedSpec
 from ..model.layer_model import load_custom_expert
 from ..model.quantized import dequantize_mxfp4, read_weight
+from .in_tiles import InTiles
 from .layers import ClampedExperts, CustomExperts, GatedExperts, LayerExperts, StackedExperts
 
 
 def load_layers(
-    checkpoint: Checkpoint, spec: ExpertSpec, experts: Sequence[int], dtype: torch.dtype, device: str
+    checkpoint: Checkpoint,
+    spec: ExpertSpec,
+    experts: Sequence[int],
+    dtype: torch.dtype,
+    device: str,
+    batch_invariant: bool = False,
 ) -> dict[int, LayerExperts]:
-    """The experts of all MoE layers, with the fastest kernel for them.
+    """The experts of all MoE layers, with the fastest kernel for them, or with the one that gives a row the same
+    bits in any batch.
 
     Raises:
         CheckpointError: a tensor is missing or has the wrong shape.
@@ -27,6 +34,8 @@ def load_layers(
     if spec.custom_class is not None:
         load = _load_custom
     layers = {layer: load(checkpoint, spec, layer, experts, dtype, device) for layer in spec.moe_layers}
+    if batch_invariant:
+        return {layer: InTiles(held, len(experts)) for layer, held in layers.items()}
     _calibrate(layers)
     return layers
 

@@ -44,6 +44,7 @@ class GroupProcessConfig:
     dtype: str
     secret: str
     threads: int = 1
+    batch_invariant: bool = False
 
 
 class GroupProcess:
@@ -139,7 +140,8 @@ def _remove_socket(address: str) -> None:
 def _load(config: GroupProcessConfig) -> ExpertGroup:
     torch.set_num_threads(config.threads)
     checkpoint = Checkpoint(Path(config.folder))
-    return ExpertGroup.load(checkpoint, read_spec(checkpoint).experts, config.experts, torch_dtype(config.dtype))
+    spec, dtype = read_spec(checkpoint).experts, torch_dtype(config.dtype)
+    return ExpertGroup.load(checkpoint, spec, config.experts, dtype, batch_invariant=config.batch_invariant)
 
 
 async def _serve(config: GroupProcessConfig, address: str, parent: TextIO) -> None:

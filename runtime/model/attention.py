@@ -68,11 +68,11 @@ class Attention:
         Returns:
             `[tokens, hidden]`.
         """
-        queries, keys, values = self._project(hidden, rotary)
+        queries, keys, values = step.by_rows(self._project, hidden, *rotary)
         attended = self._attend(queries, keys, values, step, cache)
-        return self.weights.output(attended.flatten(1))
+        return step.by_rows(self.weights.output, attended.flatten(1))
 
-    def _project(self, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, hidden: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, ...]:
         """Queries `[tokens, heads, head_dim]`, keys and values `[tokens, kv_heads, head_dim]`."""
         merged = self.weights.qkv(hidden).view(hidden.shape[0], -1, self.head_dim)
         # Queries and keys are normed and rotated together: half the number of small operations.
@@ -81,7 +81,7 @@ class Attention:
         if self._spec.clip_qkv is not None:
             turned = turned.clamp(-self._spec.clip_qkv, self._spec.clip_qkv)
             values = values.clamp(-self._spec.clip_qkv, self._spec.clip_qkv)
-        turned = rotate(turned, *rotary)
+        turned = rotate(turned, cosine, sine)
         return turned[:, : self.num_heads], turned[:, self.num_heads :], values
 
     def _norm(self, heads: Tensor) -> Tensor:

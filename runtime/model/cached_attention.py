@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .kv_cache import KVCache
+from .reads import DecodeRead, PrefillRead, TileRead
 from .sink_attention import attend_with_sinks
-from .step import DecodeRead, PrefillRead, Step
+from .step import Step
+from .tiles import TILE_ROWS
 
 
 class CachedAttention:
@@ -66,10 +68,17 @@ class CachedAttention:
         return attended
 
     def _attend(
-        self, queries: Tensor, keys: Tensor, values: Tensor, read: DecodeRead | PrefillRead, cache: KVCache
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        read: DecodeRead | PrefillRead | TileRead,
+        cache: KVCache,
     ) -> Tensor:
         if isinstance(read, DecodeRead):
             out = self._decode(queries, read, cache)
+        elif isinstance(read, TileRead):
+            out = self._tiles(queries, read, cache)
         else:
             out = self._prefill(queries, keys, values, read, cache)
         return out[..., : self.value_dim]
@@ -105,6 +114,25 @@ class CachedAttention:
             read.read is None,
         )
         return attended.permute(2, 0, 1, 3).reshape(count, self.num_heads, -1)
+
+    def _tiles(self, queries: Tensor, read: TileRead, cache: KVCache) -> Tensor:
+        """Tiles of positions of any sequences, with zeros for queries that are not there."""
+        tiles, heads = read.read.sequences, self.num_kv_heads
+        spread = queries.new_zeros((tiles * TILE_ROWS, *queries.shape[1:]))
+        spread[read.places] = queries
+        grouped = spread.view(tiles, TILE_ROWS, heads, -1, queries.shape[-1]).permute(0, 2, 3, 1, 4)
+        group = grouped.shape[2]
+        keys, values = cache.read(self.layer, read.read)
+        attended = self._dot_product(
+            grouped.reshape(tiles, heads, group * TILE_ROWS, -1),
+            keys,
+            values,
+            None if self._sinks is None else self._sinks.repeat_interleave(TILE_ROWS, 1),
+            read.mask.repeat(1, 1, group, 1),
+            False,
+        )
+        attended = attended.view(tiles, heads, group, TILE_ROWS, -1).permute(0, 3, 1, 2, 4)
+        return attended.reshape(tiles * TILE_ROWS, self.num_heads, -1)[read.places]
 
     def _dot_product(
         self,

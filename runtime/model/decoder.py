@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..routing.in_tiles import InTiles
 from ..routing.strategies import Routing, RoutingStrategy
 from .attention import Attention
 from .checkpoint import Checkpoint
@@ -23,6 +24,7 @@ from .latent_attention import LatentAttention, read_latent_weights
 from .rope import RotaryTable
 from .spec import DecoderSpec
 from .step import ForwardBatch, Segment, Step, plan_step
+from .tiles import check_tiles
 from .trunk_weights import TrunkWeights
 
 __all__ = ["Decoder", "ExpertDispatch", "ForwardBatch", "KVCache", "Segment"]
@@ -58,8 +60,15 @@ class Decoder:
         weights_bytes: memory of the trunk's tensors.
     """
 
-    def __init__(self, spec: DecoderSpec, weights: TrunkWeights, dtype: torch.dtype, device: torch.device) -> None:
-        self.spec, self.dtype, self.device = spec, dtype, device
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        weights: TrunkWeights,
+        dtype: torch.dtype,
+        device: torch.device,
+        batch_invariant: bool = False,
+    ) -> None:
+        self.spec, self.dtype, self.device, self.batch_invariant = spec, dtype, device, batch_invariant
         self._embedding = weights.read("model.embed_tokens.weight", spec.vocab_size, spec.hidden_size)
         self._layers = [_read_layer(spec, weights, layer) for layer in range(spec.num_layers)]
         self.gates: dict[int, RoutingStrategy] = {
@@ -69,6 +78,9 @@ class Decoder:
         self._head = weights.head(self._embedding)
         self._rotary = RotaryTable(spec.rope, spec.rotary_dim, device)
         self.weights_bytes = weights.nbytes
+        if batch_invariant:
+            self.gates = {layer: InTiles(gate) for layer, gate in self.gates.items()}
+            check_tiles(self._head, spec.hidden_size, dtype, device)
 
     @classmethod
     def load(
@@ -77,6 +89,7 @@ class Decoder:
         spec: DecoderSpec,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        batch_invariant: bool = False,
     ) -> Decoder:
         """Reads the trunk's tensors, and no expert's.
 
@@ -85,12 +98,15 @@ class Decoder:
             spec: from `read_spec(checkpoint)`.
             dtype: of weights and hidden states; None for the config's.
             device: where to compute.
+            batch_invariant: whether a token's numbers are the same to the bit whatever else is computed with it;
+                see `tiles`.
 
         Raises:
             CheckpointError: a tensor is missing or has another shape.
+            ConfigurationError: this machine cannot compute batch-invariantly.
         """
         dtype, device = dtype or getattr(torch, spec.dtype), torch.device(device)
-        return cls(spec, TrunkWeights(checkpoint, spec, dtype, device), dtype, device)
+        return cls(spec, TrunkWeights(checkpoint, spec, dtype, device), dtype, device, batch_invariant)
 
     @property
     def kv_layout(self) -> KVLayout:
@@ -126,17 +142,18 @@ class Decoder:
             if not normed.shape[0]:  # a chunk of a prompt: nobody reads what comes after the last attention
                 return hidden.new_empty((0, self.spec.vocab_size), dtype=torch.float32)
             if layer.dense is not None:
-                hidden = _add(hidden, layer.dense, normed)
+                hidden = _add(hidden, layer.dense, normed, step)
             else:
                 routing = self._route(index, normed)
-                shared_out, expert_out = await _through_experts(layer.shared, index, normed, routing, experts)
+                sent = _through_experts(layer.shared, index, normed, routing, experts, step)
+                shared_out, expert_out = await sent
                 hidden = _combine(hidden, expert_out, shared_out)
-        return self._logits(hidden)
+        return self._logits(hidden, step)
 
     @torch.inference_mode()
     def _begin(self, batch: ForwardBatch, cache: KVCache) -> tuple[Step, tuple[Tensor, Tensor], Tensor]:
         windows = set(self.spec.sliding_windows)
-        step = plan_step(batch, cache.block_tokens, windows, self.dtype, self.device)
+        step = plan_step(batch, cache.block_tokens, windows, self.dtype, self.device, self.batch_invariant)
         rotary = self._rotary.rows(step.positions, step.length, self.dtype)
         return step, rotary, F.embedding(batch.token_ids.to(self.device), self._embedding)
 
@@ -151,23 +168,26 @@ class Decoder:
         rows: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """The residual stream after attention, and what the feed-forward part of the layer reads."""
-        normed = self._rms_norm(hidden, layer.attention_norm)
+        normed = self._rms_norm(hidden, layer.attention_norm, step)
         hidden = hidden + layer.attention(normed, step, rotary, cache)
         if rows is not None:
             hidden = hidden.index_select(0, rows)
-        return hidden, self._rms_norm(hidden, layer.feed_forward_norm)
+        return hidden, self._rms_norm(hidden, layer.feed_forward_norm, step)
 
     @torch.inference_mode()
     def _route(self, layer: int, normed: Tensor) -> Routing:
         return self.gates[layer](normed)
 
     @torch.inference_mode()
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self._head(self._rms_norm(hidden, self._norm)).float()
+    def _logits(self, hidden: Tensor, step: Step) -> Tensor:
+        return step.by_rows(self._head, self._rms_norm(hidden, self._norm, step)).float()
 
-    def _rms_norm(self, hidden: Tensor, scale: Tensor) -> Tensor:
-        # The scale outside: the reference rounds to the model's dtype before it, the fused kernel after it.
-        return F.rms_norm(hidden, (self.spec.hidden_size,), None, self.spec.norm_eps) * scale
+    def _rms_norm(self, hidden: Tensor, scale: Tensor, step: Step) -> Tensor:
+        def norm(rows: Tensor) -> Tensor:
+            # The scale outside: the reference rounds to the model's dtype before it, the fused kernel after it.
+            return F.rms_norm(rows, (self.spec.hidden_size,), None, self.spec.norm_eps) * scale
+
+        return step.by_rows(norm, hidden)
 
 
 def _read_layer(spec: DecoderSpec, weights: TrunkWeights, layer: int) -> DecoderLayer:
@@ -188,7 +208,7 @@ def _read_attention(spec: DecoderSpec, weights: TrunkWeights, layer: int) -> Att
 
 
 async def _through_experts(
-    shared: SharedExpert | None, layer: int, normed: Tensor, routing: Routing, experts: ExpertDispatch
+    shared: SharedExpert | None, layer: int, normed: Tensor, routing: Routing, experts: ExpertDispatch, step: Step
 ) -> tuple[Tensor | None, Tensor]:
     """The shared expert's output, if there is one, and the routed experts' sum, computed at the same time."""
     if shared is None:
@@ -196,20 +216,20 @@ async def _through_experts(
     dispatch = asyncio.ensure_future(experts(layer, normed, routing))
     try:
         await asyncio.sleep(0)  # the dispatch starts only when this coroutine yields
-        shared_out = _apply(shared, normed)
+        shared_out = _apply(shared, normed, step)
         return shared_out, await dispatch
     finally:
         dispatch.cancel()  # does nothing once it is done
 
 
 @torch.inference_mode()
-def _apply(shared: SharedExpert, normed: Tensor) -> Tensor:
-    return shared(normed)
+def _apply(shared: SharedExpert, normed: Tensor, step: Step) -> Tensor:
+    return step.by_rows(shared, normed)
 
 
 @torch.inference_mode()
-def _add(hidden: Tensor, network: GatedFeedForward, normed: Tensor) -> Tensor:
-    return hidden + network(normed)
+def _add(hidden: Tensor, network: GatedFeedForward, normed: Tensor, step: Step) -> Tensor:
+    return hidden + step.by_rows(network, normed)
 
 
 @torch.inference_mode()

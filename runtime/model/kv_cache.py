@@ -76,8 +76,8 @@ class KVCache:
         self.layout, self.num_blocks, self.block_tokens = layout, num_blocks, block_tokens
         shape = (layout.num_layers, num_blocks + 1, block_tokens, layout.width)
         self._pool = _zeros(shape, dtype, device)
-        self._rows = [layer.view(-1, layout.width) for layer in self._pool]
-        self._blocks = [layer.view(num_blocks + 1, -1) for layer in self._pool]
+        self._rows: list[Tensor] = [layer.view(-1, layout.width) for layer in self._pool]
+        self._blocks: list[Tensor] = [layer.view(num_blocks + 1, -1) for layer in self._pool]
         # Grows to the largest read: fresh memory for every gather costs twice its copying.
         self._gathered = torch.empty(0, dtype=dtype, device=device)
 

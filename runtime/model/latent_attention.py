@@ -33,8 +33,8 @@ class LatentWeights:
         down: `[queries + kv_rank + rope_dim, hidden]`: queries, latent vector, shared part of the keys.
         query_norm: `[query_rank]`, and `query_up`: `[heads * head_dim, query_rank]`; None where there is no rank.
         kv_norm: `[kv_rank]`.
-        key_up: `[heads, plain_dim, kv_rank]`.
-        value_up: `[heads, kv_rank, value_dim]`.
+        key_up: `[heads, plain_dim, kv_rank]`, and value_up: `[heads, kv_rank, value_dim]`, their last dimension
+            filled up to a multiple of 16: products of other widths treat rows differently (see `tiles`).
         output: `[hidden, heads * value_dim]`.
     """
 
@@ -68,18 +68,23 @@ class LatentAttention:
 
     def __call__(self, hidden: Tensor, step: Step, rotary: tuple[Tensor, Tensor], cache: KVCache) -> Tensor:
         """See `attention.Attention`: `[tokens, hidden]` -> `[tokens, hidden]`."""
-        queries, keys = self._project(hidden, rotary)
+        queries, keys = step.by_rows(self._project, hidden, *rotary)
         attended = self._attend(queries, keys, None, step, cache)
+        return step.by_rows(self._output, attended)
+
+    def _output(self, attended: Tensor) -> Tensor:
         values = torch.bmm(attended.transpose(0, 1), self.weights.value_up).transpose(0, 1)
+        values = values[..., : self._latent.value_dim]
         return self.weights.output(values.flatten(1))
 
-    def _project(self, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _project(self, hidden: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, ...]:
         """Queries `[tokens, heads, kv_rank + rope_dim]` and what is cached, `[tokens, 1, kv_rank + rope_dim]`."""
         small, latent, shared = torch.split(self.weights.down(hidden), self._split, -1)
         heads = self._queries(small).view(hidden.shape[0], self.num_heads, self.head_dim)
         plain, turned = heads[..., : self._latent.plain_dim], heads[..., self._latent.plain_dim :]
-        turned = rotate(torch.cat((turned, shared.unsqueeze(1)), 1), *rotary)
+        turned = rotate(torch.cat((turned, shared.unsqueeze(1)), 1), cosine, sine)
         absorbed = torch.bmm(plain.transpose(0, 1), self.weights.key_up).transpose(0, 1)
+        absorbed = absorbed[..., : self._latent.kv_rank]
         keys = torch.cat((_norm(latent, self.weights.kv_norm), turned[:, -1]), -1)
         return torch.cat((absorbed, turned[:, :-1]), -1), keys.unsqueeze(1)
 
@@ -122,10 +127,14 @@ def read_latent_weights(weights: TrunkWeights, spec: DecoderSpec, latent: Latent
         query_norm=query_norm,
         query_up=query_up,
         kv_norm=weights.read(f"{prefix}.kv_a_layernorm.weight", latent.kv_rank),
-        key_up=kv_up[:, : latent.plain_dim].contiguous(),
-        value_up=kv_up[:, latent.plain_dim :].transpose(1, 2).contiguous(),
+        key_up=_filled_up(kv_up[:, : latent.plain_dim]),
+        value_up=_filled_up(kv_up[:, latent.plain_dim :].transpose(1, 2)),
         output=Linear(output, output_bias),
     )
+
+
+def _filled_up(matrices: Tensor) -> Tensor:
+    return F.pad(matrices, (0, -matrices.shape[-1] % 16)).contiguous()
 
 
 def _query_rows(

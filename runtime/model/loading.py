@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..errors import ConfigurationError
 from ..requests import ModelInfo
+from ..routing.in_tiles import InTiles
 from ..routing.strategies import RoutingStrategy
 from ..tensors import torch_dtype
 from .checkpoint import Checkpoint
@@ -45,11 +46,18 @@ def serving_dtype(spec: ModelSpec, dtype: str | None) -> str:
     return chosen
 
 
-def load_trunk(folder: Path, name: str | None = None, dtype: str | None = None, device: str = "cpu") -> Trunk:
+def load_trunk(
+    folder: Path,
+    name: str | None = None,
+    dtype: str | None = None,
+    device: str = "cpu",
+    batch_invariant: bool = False,
+) -> Trunk:
     """Load a checkpoint's trunk, and nothing of its experts.
 
     Args:
         name: what the model is called in requests; the folder's name by default.
+        batch_invariant: see `Decoder.load`.
 
     Raises:
         CheckpointError, UnknownFamilyError, ConfigurationError.
@@ -59,10 +67,11 @@ def load_trunk(folder: Path, name: str | None = None, dtype: str | None = None, 
     served_in = serving_dtype(spec, dtype)
     info = _describe(checkpoint, spec, name or folder.resolve().name, served_in)
     if isinstance(spec, DecoderSpec):
-        decoder = Decoder.load(checkpoint, spec, torch_dtype(served_in), device)
+        decoder = Decoder.load(checkpoint, spec, torch_dtype(served_in), device, batch_invariant)
         return Trunk(info, decoder.gates, decoder, decoder.weights_bytes)
     gate = load_gate(checkpoint, spec, torch_dtype(served_in), device)
-    return Trunk(info, {spec.experts.moe_layers[0]: gate}, None, gate.weight.nbytes)
+    gates: dict[int, RoutingStrategy] = {spec.experts.moe_layers[0]: InTiles(gate) if batch_invariant else gate}
+    return Trunk(info, gates, None, gate.weight.nbytes)
 
 
 def _describe(checkpoint: Checkpoint, spec: ModelSpec, name: str, dtype: str) -> ModelInfo:

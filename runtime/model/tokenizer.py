@@ -30,6 +30,7 @@ class Tokenizer:
         self._backend = backend
         self._template = template
         added = backend.get_added_tokens_decoder()
+        self._added = {token.content: id for id, token in added.items()}
         self.special_token_ids = frozenset(id for id, token in added.items() if token.special)
         self._alphabet = byte_alphabet()
         self._byte_level = byte_level
@@ -71,9 +72,9 @@ class Tokenizer:
         """The variables that the chat template reads."""
         return frozenset() if self._template is None else self._template.reads
 
-    def token_id(self, piece: str, /) -> int | None:
-        """The token of that name, such as "<|im_end|>"; None where there is none."""
-        return self._backend.token_to_id(piece)
+    def added_token_id(self, piece: str, /) -> int | None:
+        """The token added under that name, special or not, such as "<|im_end|>"; None where there is none."""
+        return self._added.get(piece)
 
     def token_piece(self, token_id: int, /) -> str:
         """A token as the vocabulary spells it, such as "Ġworld"; empty for an unknown id."""
