@@ -96,7 +96,7 @@ def test_what_json_cannot_say_is_made_each_time() -> None:
     assert prompts.token_ids(odd)
     assert codec.rendered == 2
     assert prompts.cache.statistics().entries == 0
-    assert prompts.text_tokens("\ud800") == prompts.text_tokens("\ud800") == 3
+    assert prompts.text_tokens(["\ud800"]) == prompts.text_tokens(["\ud800"]) == 3
 
 
 def test_a_template_that_reads_the_clock_is_rendered_each_time_and_tokenized_once() -> None:
@@ -119,8 +119,16 @@ def test_texts_too_long_to_matter_are_not_tokenized() -> None:
 
 def test_counts_of_texts_are_no_prompts() -> None:
     codec, prompts = made()
-    assert prompts.text_tokens("hello") == prompts.text_tokens("hello") == 5
+    assert prompts.text_tokens(["hello"]) == prompts.text_tokens(["hello"]) == 5
     assert codec.encoded == ["hello"]
+
+
+def test_only_so_much_text_is_counted_at_once() -> None:
+    codec, prompts = made()
+    assert prompts.text_tokens(["aaaa", "bbbb"], max_chars=7) is None
+    assert prompts.text_tokens(["aaaa", "bbbb"], max_chars=7) == 8, "the first was counted before"
+    assert codec.encoded == ["aaaa", "bbbb"]
+    assert prompts.text_tokens([], max_chars=0) == 0
 
 
 def test_a_refusal_is_not_remembered() -> None:

@@ -111,6 +111,16 @@ def test_few_counts_find_the_cut() -> None:
     assert len(seen) <= 13
 
 
+def test_of_far_too_much_little_more_is_counted_than_fits() -> None:
+    messages = [say(("user", "assistant")[at % 2], 50) for at in range(4001)]
+    seen: list[int] = []
+    kept = trim(messages, 0, 50 * 99, counter(messages, seen))
+    assert len(kept) == 99
+    assert max(seen) <= 2 * 99 + 2
+    for fits in range(1, 60, 2):
+        assert len(trim(messages[-59:], 0, fits, lambda indices: len(indices))) == fits
+
+
 def test_a_template_that_writes_less_for_more_is_searched_one_by_one() -> None:
     messages = talk("ua" * 8 + "u")
     tokens = {17: 50, 15: 60, 13: 20, 11: 70, 9: 80, 7: 90, 5: 30, 3: 10, 1: 5}

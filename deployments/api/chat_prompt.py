@@ -19,6 +19,8 @@ TRIMMED_HEADER = b"x-pimoe-trimmed-messages"
 _MAX_TOKEN_CHARS = 256
 # Above this, rendering and encoding would hold the event loop for milliseconds.
 _THREAD_FROM_CHARS = 16_384
+# No report is worth more than tens of milliseconds: longer texts than these are left uncounted.
+_MAX_REPORTED_CHARS = 32_768
 _TOO_MANY = 1 << 62
 
 
@@ -28,8 +30,8 @@ class ChatPrompt:
 
     Attributes:
         kept: indices of the messages that the prompt was made of.
-        trimmed_tokens: of the texts of the messages left out, each by itself; None where it is too much text to be
-            counted for a report.
+        trimmed_tokens: of the texts of the messages left out, each by itself; None where too much of it was not
+            counted before.
     """
 
     token_ids: list[int]
@@ -117,7 +119,7 @@ def prepare(prompts: ChatPrompts, chat: Chat, chosen: Chosen | None, limits: tup
     ids = made.get(kept) or _whole(prompts, _only(chat, kept), context)
     left = set(range(len(messages))).difference(kept)
     texts = [said(messages[index]) for index in sorted(left)]
-    return ChatPrompt(list(ids), len(messages), kept, _count_texts(prompts, texts, context))
+    return ChatPrompt(list(ids), len(messages), kept, prompts.text_tokens(texts, _MAX_REPORTED_CHARS))
 
 
 def said(message: Mapping[str, Any]) -> str:
@@ -145,10 +147,3 @@ def _whole(prompts: ChatPrompts, chat: Chat, context: int) -> Sequence[int]:
     if not ids:
         raise InvalidRequestError("the prompt has no tokens", "messages")
     return ids
-
-
-def _count_texts(prompts: ChatPrompts, texts: Sequence[str], context: int) -> int | None:
-    # Nobody shall have a gateway count what no request of this context could send it otherwise.
-    if sum(map(len, texts)) > context * _MAX_TOKEN_CHARS:
-        return None
-    return sum(prompts.text_tokens(text) for text in texts if text)

@@ -22,7 +22,7 @@ import sys
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -180,14 +180,21 @@ class ChatPrompts:
             return self._ids(_digest(kind, _utf8(text)), lambda: text, (chat.special, max_chars))
         return self._ids(_chat_key(chat), lambda: self._render(chat), (chat.special, max_chars))
 
-    def text_tokens(self, text: str) -> int:
-        """How many tokens a text has by itself, without special ones."""
-        key = _digest(b"t", _utf8(text))
-        found = self.cache.get(key)
-        if not isinstance(found, int):
-            found = len(self._codec.encode(text, add_special_tokens=False))
-            self.cache.put(key, found)
-        return found
+    def text_tokens(self, texts: Iterable[str], max_chars: int = sys.maxsize) -> int | None:
+        """How many tokens texts have, each by itself and without special ones; None where more than `max_chars` of
+        them would have to be tokenized now."""
+        total = 0
+        for text in texts:
+            key = _digest(b"t", _utf8(text))
+            found = self.cache.get(key)
+            if not isinstance(found, int):
+                max_chars -= len(text)
+                if max_chars < 0:
+                    return None
+                found = len(self._codec.encode(text, add_special_tokens=False))
+                self.cache.put(key, found)
+            total += found
+        return total
 
     def count_trimmed(self, messages: int) -> None:
         """Notes for the statistics that a chat was made shorter by `messages`; on the event loop's thread only."""

@@ -33,6 +33,9 @@ Count = Callable[[tuple[int, ...]], int | None]
 _ALWAYS = frozenset(("system", "developer"))
 _RESULTS = frozenset(("tool", "function"))
 _MAX_ONE_BY_ONE = 64
+# With more characters for each token of the budget a conversation hardly fits as a whole. A guess, and it decides
+# nothing but where the search begins.
+_CHARS_FAR_OVER = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,9 @@ def trim(messages: Sequence[Message], newest: int, budget: int, count: Count) ->
             if index >= first or index == anchor or message.get("role") in _ALWAYS
         )
 
-    return kept(cuts[_first_that_fits(len(cuts), budget, lambda at: count(kept(cuts[at])))])
+    chars = sum(len(text) for message in messages if isinstance(text := message.get("content"), str))
+    far_over = chars > _CHARS_FAR_OVER * max(1, budget)
+    return kept(cuts[_first_that_fits(len(cuts), budget, lambda at: count(kept(cuts[at])), far_over)])
 
 
 def _cuts(spoken: Sequence[Message], newest: int) -> list[_Cut]:
@@ -98,8 +103,13 @@ def _splits_no_call(spoken: Sequence[Message]) -> list[bool]:
     return [depth == 0 for depth in accumulate(changes)]
 
 
-def _first_that_fits(candidates: int, budget: int, count: Callable[[int], int | None]) -> int:
-    """The first candidate within the budget; the last where none is."""
+def _first_that_fits(candidates: int, budget: int, count: Callable[[int], int | None], from_the_end: bool) -> int:
+    """The first candidate within the budget; the last where none is.
+
+    Args:
+        from_the_end: count ever more from the last on, so that nothing much longer than what fits is counted;
+            otherwise all of it is counted first, which mostly fits.
+    """
     counted: dict[int, int | None] = {}
 
     def fits(at: int) -> bool:
@@ -108,15 +118,20 @@ def _first_that_fits(candidates: int, budget: int, count: Callable[[int], int | 
         tokens = counted[at]
         return tokens is not None and tokens <= budget
 
-    if candidates == 1 or fits(0):
+    low, high = 0, candidates - 1  # the last one is the answer where nothing fits
+    if from_the_end:
+        step = 1
+        while low < high and fits(max(0, candidates - 1 - step)):
+            high, step = max(0, candidates - 1 - step), 2 * step
+        low = min(high, max(0, candidates - step))
+    elif candidates == 1 or fits(0):
         return 0
-    low, high = 1, candidates - 1  # the last one is the answer where nothing fits
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle + 1, high)
     if _shrinks(counted):
         return low
-    tried = range(1, min(candidates, 1 + _MAX_ONE_BY_ONE))
+    tried = range(min(candidates, _MAX_ONE_BY_ONE))
     return next((at for at in tried if fits(at)), low if fits(low) else candidates - 1)
 
 
