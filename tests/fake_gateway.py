@@ -10,7 +10,7 @@ import asyncio
 import codecs
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -72,14 +72,19 @@ class ByteText:
 class ByteCodec:
     """One token per byte of UTF-8, BOS in front of texts that are no chat."""
 
+    special_token_ids = frozenset((BOS, EOS))
+    chat_template = ""
+    chat_variables: frozenset[str] = frozenset()
+
     def __init__(self) -> None:
         self.contexts: list[list[int]] = []
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [BOS] * add_special_tokens + list(text.encode())
 
-    def decode(self, token_ids: list[int]) -> str:
-        return bytes(i for i in token_ids if i < BOS).decode("utf-8", "replace")
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        texts = [bytes([i]) if i < BOS else b"" if skip_special_tokens else b"<%d>" % i for i in token_ids]
+        return b"".join(texts).decode("utf-8", "replace")
 
     def token_text(self, token_id: int) -> str:
         return bytes([token_id]).decode("utf-8", "replace") if token_id < BOS else f"<{token_id}>"
@@ -88,7 +93,18 @@ class ByteCodec:
         self.contexts.append(context)
         return ByteText()
 
-    def render_chat(self, messages: list[dict[str, str]]) -> str:
+    def token_piece(self, token_id: int) -> str:
+        return self.token_text(token_id)
+
+    def added_token_id(self, piece: str) -> int | None:
+        return {"<256>": BOS, "<257>": EOS}.get(piece)
+
+    def render_unfinished_chat(
+        self, messages: list[dict[str, Any]], variables: Mapping[str, Any] | None = None
+    ) -> str:
+        return self.render_chat(messages)[:-1]
+
+    def render_chat(self, messages: list[dict[str, Any]], variables: Mapping[str, Any] | None = None) -> str:
         return "".join(f"{message['role']}: {message['content']}\n" for message in messages)
 
 

@@ -13,8 +13,9 @@ from fake_gateway import EOS, HIDDEN, MODEL, ByteCodec, logprob
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pimoe.deployments.api import wire
-from pimoe.deployments.api.assembly import Assembler, Piece, TextRules, first_stop, held_back, pieces
+from pimoe.deployments.api.assembly import Assembler, Piece, TextRules, pieces
 from pimoe.runtime.errors import InvalidTensorError
+from pimoe.runtime.generation.stopping import first_stop
 from pimoe.runtime.numerics import all_finite
 from pimoe.runtime.requests import TensorData, TokenChunk
 
@@ -57,7 +58,9 @@ def test_text_ends_before_the_first_stop_however_it_is_cut(
         assert not found or found[-1].finish_reason == "length"
         return
     upto = text[: min(ends)]
-    expected = upto[: first_stop(upto, stops)]
+    found_at = first_stop(upto, stops)
+    assert found_at is not None
+    expected = upto[: found_at[0]]
     assert text_of(found) == expected
     assert found[-1].finish_reason == "stop"
     assert all(piece.finish_reason is None for piece in found[:-1])
@@ -129,27 +132,6 @@ def test_the_last_chunk_may_be_empty() -> None:
     assert assembler.push(TokenChunk((69, 78))).text == ""
     piece = assembler.push(TokenChunk((), "length"))
     assert (piece.text, piece.finish_reason) == ("EN", "length")
-
-
-@pytest.mark.parametrize(
-    ("text", "stops", "held"),
-    [
-        ("", ("a",), 0),
-        ("aab", ("aabb",), 3),
-        ("xaa", ("aab", "b"), 2),
-        ("ab", ("a",), 0),
-        ("abab", ("abac",), 2),
-    ],
-)
-def test_held_back(text: str, stops: tuple[str, ...], held: int) -> None:
-    assert held_back(text, stops) == held
-
-
-@settings(deadline=None)
-@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3).map(tuple))
-def test_held_back_is_the_longest_beginning(text: str, stops: tuple[str, ...]) -> None:
-    lengths = [size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size])]
-    assert held_back(text, stops) == max(lengths, default=0)
 
 
 # Tensors on the wire

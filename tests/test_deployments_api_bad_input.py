@@ -14,7 +14,7 @@ import orjson
 import pytest
 from fake_gateway import HIDDEN, MODEL, VOCAB, FakeGateway, Reply, ask, served
 from pimoe.deployments.api import ApiSettings
-from pimoe.deployments.api.openai_params import NEUTRAL
+from pimoe.deployments.api.openai_params import CHAT_NEUTRAL, COMPLETION_NEUTRAL, NEUTRAL
 
 INFER = "/v2/models/echo/infer"
 INFER_MANY = "/v2/models/echo/infer_many"
@@ -73,6 +73,13 @@ def tensor(**fields: Any) -> dict[str, Any]:
     """An infer request in msgpack's terms with some fields of its tensor replaced."""
     right = {"name": "hidden_states", "shape": SHAPE, "datatype": "FP32", "data": bytes(64)}
     return {"inputs": [right | fields]}
+
+
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+def called(function: dict[str, Any]) -> dict[str, Any]:
+    return {"role": "assistant", "content": None, "tool_calls": [CALL | {"function": function}]}
 
 
 async def refused_tensor(request: Any, code: str = "invalid_tensor") -> dict[str, Any]:
@@ -496,12 +503,29 @@ async def test_chat_over_the_context() -> None:
         ("min_p", [-0.1, 1.1]),
         ("seed", [1.5, "1", 2**63, 2.0**53, -(2.0**53), 1e300, "1.0", False]),
         ("n", [0, 9, -1, 9.0, 1.5, True]),
-        ("stop", ["", [""], ["a"] * 5, [1], 5, {"a": 1}, "x" * 257]),
+        ("stop", ["", [""], ["a"] * 17, [1], 5, {"a": 1}, "x" * 257]),
         ("stop_token_ids", [[-1], [VOCAB], ["a"], 5, [True], [1] * 65]),
         ("logprobs", [-1, 21, True, "1"]),
         ("stream", [1, "true"]),
         ("ignore_eos", [1, "true"]),
         ("return_token_ids", [1]),
+        ("presence_penalty", [-2.1, 2.1, "1"]),
+        ("frequency_penalty", [-2.1, 2.1, True]),
+        ("repetition_penalty", [0, -1, 10.1, "1"]),
+        ("logit_bias", [[], 5, {"a": 1}, {"5": 101}, {"5": "1"}, {"5": None}, {str(VOCAB): 1}, {"-1": 1}]),
+        (
+            "logit_bias",
+            [{"²": 1}, {"5.0": 1}, {"5": True}, {"9" * 30: 1}, dict.fromkeys(map(str, range(1025)), 1)],
+        ),
+        ("prompt_logprobs", [-1, 21, True, "1"]),
+        ("best_of", [2, 0, "1"]),
+        ("echo", [1, "true"]),
+        ("cache_salt", ["", "x" * 257, 5]),
+        ("truncate_prompt_tokens", [0, -2, 1.5, "3"]),
+        ("add_special_tokens", [1]),
+        ("skip_special_tokens", [1]),
+        ("include_stop_str_in_output", ["no"]),
+        ("return_tokens_as_token_ids", [1]),
         ("stream_options", [{"include_usage": True}, [], 5]),
     ],
 )
@@ -516,6 +540,7 @@ async def test_wrong_values(name: str, values: list[Any]) -> None:
     [
         ({"include_usage": 1}, "stream_options.include_usage"),
         ({"continuous": True}, "stream_options.continuous"),
+        ({"include_usage": True, "continuous_usage_stats": 1}, "stream_options.continuous_usage_stats"),
         (5, "stream_options"),
     ],
 )
@@ -525,53 +550,64 @@ async def test_wrong_stream_options(options: Any, param: str) -> None:
 
 
 UNSUPPORTED: dict[str, Any] = {
-    "best_of": 2,
-    "echo": True,
-    "frequency_penalty": 0.5,
-    "presence_penalty": -1,
-    "repetition_penalty": 1.1,
-    "logit_bias": {"5": 1},
+    "allowed_token_ids": [5],
+    "bad_words": ["x"],
     "suffix": "end",
-    "tools": [{"type": "function"}],
     "functions": [{"name": "f"}],
-    "tool_choice": "required",
     "function_call": {"name": "f"},
-    "response_format": {"type": "json_object"},
+    "early_stopping": True,
+    "length_penalty": 0.5,
+    "logits_processors": ["x"],
     "modalities": ["text", "audio"],
     "audio": {"voice": "x"},
-    "reasoning_effort": "high",
+    "spaces_between_special_tokens": False,
+    "use_beam_search": True,
     "verbosity": "low",
     "web_search_options": {},
     "moderation": {"model": "m"},
+    # of completions
+    "parallel_tool_calls": 1.5,
+    "reasoning_effort": "high",
+    "tool_choice": "required",
+    "tools": [{"type": "function"}],
+    # of chats
+    "chat_template": "{{ messages }}",
+    "documents": [{"title": "t", "text": "x"}],
+    "echo": True,
 }
+BOTH = [(COMPLETIONS, completion(), NEUTRAL | COMPLETION_NEUTRAL), (CHAT, chat(), NEUTRAL | CHAT_NEUTRAL)]
 
 
-@pytest.mark.parametrize("name", NEUTRAL)
-async def test_what_would_change_the_answer_is_refused(name: str) -> None:
-    for path, body in ((COMPLETIONS, completion()), (CHAT, chat())):
+@pytest.mark.parametrize(("path", "body", "neutral"), BOTH, ids=["completion", "chat"])
+async def test_what_would_change_the_answer_is_refused(
+    path: str, body: dict[str, Any], neutral: dict[str, tuple[Any, ...]]
+) -> None:
+    for name in neutral:
         error = await refused(path, body | {name: UNSUPPORTED[name]}, "invalid_request")
         assert error["param"] == name
         assert "not supported" in error["message"]
 
 
-async def test_what_changes_nothing_is_accepted() -> None:
-    neutral = {name: values[0] for name, values in NEUTRAL.items() if values} | {"best_of": 1}
+@pytest.mark.parametrize(("path", "body", "neutral"), BOTH, ids=["completion", "chat"])
+async def test_what_changes_nothing_is_accepted(
+    path: str, body: dict[str, Any], neutral: dict[str, tuple[Any, ...]]
+) -> None:
     harmless = {
         "user": "u",
         "store": True,
         "metadata": {"a": "b"},
         "service_tier": "auto",
         "prediction": None,
+        "request_id": "mine",
     }
-    for path, body in ((COMPLETIONS, completion()), (CHAT, chat())):
-        for extra in (
-            neutral,
-            harmless,
-            dict.fromkeys(NEUTRAL),
-            {"seed": -5, "top_k": -1, "min_tokens": None},
-        ):
-            reply = await ask(FakeGateway(), "POST", path, orjson.dumps(body | extra))
-            assert reply.status == 200, reply.body
+    for extra in (
+        {name: values[0] for name, values in neutral.items() if values} | {"best_of": 1},
+        harmless,
+        dict.fromkeys(neutral),
+        {"seed": -5, "top_k": -1, "min_tokens": None, "logit_bias": {}, "response_format": {"type": "text"}},
+    ):
+        reply = await ask(FakeGateway(), "POST", path, orjson.dumps(body | extra))
+        assert reply.status == 200, reply.body
 
 
 @pytest.mark.parametrize(
@@ -597,8 +633,20 @@ async def test_unknown_fields(path: str, body: dict[str, Any], param: str) -> No
         (["hi"], "messages[0]"),
         ([{"role": "user"}], "messages[0].content"),
         ([{"content": "hi"}], "messages[0].role"),
-        ([*USER, {"role": "tool", "content": "x"}], "messages[1].role"),
-        ([{"role": "assistant", "content": "x", "tool_calls": [{}]}], "messages[0].tool_calls"),
+        ([*USER, {"role": "function", "content": "x"}], "messages[1].role"),
+        ([*USER, {"role": "user", "content": "x", "tool_call_id": "c"}], "messages[1].tool_call_id"),
+        ([*USER, {"role": "tool", "content": "x", "tool_call_id": 1}], "messages[1].tool_call_id"),
+        ([{"role": "user", "content": "x", "tool_calls": [CALL]}], "messages[0].tool_calls"),
+        ([{"role": "assistant", "content": None}], "messages[0].content"),
+        ([{"role": "assistant", "content": "x", "tool_calls": {}}], "messages[0].tool_calls"),
+        ([{"role": "assistant", "content": "x", "tool_calls": ["x"]}], "messages[0].tool_calls[0]"),
+        ([{"role": "assistant", "tool_calls": [CALL | {"id": 5}]}], "messages[0].tool_calls[0].id"),
+        ([{"role": "assistant", "tool_calls": [CALL | {"type": "custom"}]}], "messages[0].tool_calls[0].type"),
+        ([called({"arguments": "{}"})], "messages[0].tool_calls[0].function.name"),
+        ([called({"name": "f", "arguments": "{"})], "messages[0].tool_calls[0].function.arguments"),
+        ([called({"name": "f", "arguments": "[1]"})], "messages[0].tool_calls[0].function.arguments"),
+        ([called({"name": "f", "arguments": 5})], "messages[0].tool_calls[0].function.arguments"),
+        ([called({"name": "f", "x": 1})], "messages[0].tool_calls[0].function.x"),
         ([{"role": "user", "content": "x", "weight": 1}], "messages[0].weight"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0].type"),
         ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text"),

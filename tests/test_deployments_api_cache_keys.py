@@ -33,15 +33,25 @@ DEFAULTS: dict[str, tuple[Any, list[Any]]] = {
     "logprobs": (None, [0, 2]),
     "ignore_eos": (False, [True]),
     "stop_token_ids": ([], [[3], [3, 5]]),
+    "stop": ([], [["x"], ["x", "yz"]]),
+    "presence_penalty": (0.0, [-1.0, 0.5]),
+    "frequency_penalty": (0.0, [2.0]),
+    "repetition_penalty": (1.0, [1.5]),
+    "logit_bias": ({}, [{"3": 1.0}, {"3": 1.0, "11": -100.0}]),
+    "prompt_logprobs": (None, [0, 2]),
+    "cache_salt": (None, ["mine", "yours"]),
+    "response_format": (None, [{"type": "json_object"}]),
 }
 # What is asked for in other words, or does not matter to the answer.
 BESIDE: dict[str, list[Any]] = {
     "user": ["someone"],
     "priority": [0.0, 0.5, 1],
     "timeout": [5, 30.0],
-    "stream": [False, True],
-    "stop": [None, ["x"]],
     "return_token_ids": [True],
+    "return_tokens_as_token_ids": [True],
+    "include_stop_str_in_output": [True],
+    "skip_special_tokens": [False, True],
+    "add_special_tokens": [False, True],
     "store": [True],
     **{name: [None, *values] for name, values in NEUTRAL.items()},
 }
@@ -65,8 +75,11 @@ def spelled(draw: st.DrawFn, question: dict[str, Any]) -> bytes:
             continue
         whole = isinstance(value, float) and value.is_integer()
         body[name] = int(value) if whole and draw(st.booleans()) else value
-    if body.get("stop_token_ids"):
-        body["stop_token_ids"] = draw(st.permutations(body["stop_token_ids"]))
+    for name in ("stop_token_ids", "stop"):
+        if body.get(name):
+            body[name] = draw(st.permutations(body[name]))
+    if body.get("logit_bias"):
+        body["logit_bias"] = dict(draw(st.permutations([*body["logit_bias"].items(), ("7", 0)])))
     for name in draw(st.lists(st.sampled_from(sorted(BESIDE)), max_size=4, unique=True)):
         body[name] = draw(st.sampled_from(BESIDE[name])) if BESIDE[name] else None
     return orjson.dumps(dict(draw(st.permutations(list(body.items())))))

@@ -158,7 +158,8 @@ async def test_the_framing_of_a_stream() -> None:
     chunks = [orjson.loads(event.removeprefix(b"data: ")) for event in events]
     assert [chunk["choices"][0]["text"] for chunk in chunks[:-1]] == ["a", "b", ""]
     assert [chunk["usage"] for chunk in chunks[:-1]] == [None] * 3
-    assert chunks[-1]["usage"] == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+    details = {"prompt_tokens_details": {"cached_tokens": 0}}
+    assert chunks[-1]["usage"] == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6, **details}
 
 
 def test_streamed_usage(client: openai.OpenAI) -> None:
@@ -306,13 +307,11 @@ def test_chat_logprobs(client: openai.OpenAI) -> None:
     assert logprobs.content[6].bytes is None
 
 
-def test_completions_continue_their_prompt_and_chats_begin_anew(
-    client: openai.OpenAI, gateway: FakeGateway
-) -> None:
+def test_answers_are_decoded_as_what_continues_their_prompt(client: openai.OpenAI, gateway: FakeGateway) -> None:
     client.completions.create(model="echo", prompt="x" * 50 + "end")
     client.chat.completions.create(model="echo", messages=user("hi"))
     assert gateway.tokenizer is not None
-    assert gateway.tokenizer.contexts == [list(b"x" * 29 + b"end"), []]
+    assert gateway.tokenizer.contexts == [list(b"x" * 29 + b"end"), list(b"user: hi\n")]
 
 
 def test_models(client: openai.OpenAI) -> None:

@@ -120,7 +120,8 @@ CASES: dict[str, tuple[str, str, Answer]] = {
     "deepseek text": ("deepseek", "a <｜tool b", ("a <｜tool b", "", [])),
     "harmony": (
         "harmony",
-        "<|channel|>analysis<|message|>I think <b>.<|end|><|start|>assistant<|channel|>final<|message|>Hello < you",
+        "<|channel|>analysis<|message|>I think <b>.<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>Hello < you",
         ("Hello < you", "I think <b>.", []),
     ),
     "harmony calls": (
@@ -179,9 +180,9 @@ def test_broken_off_at_every_place_it_gives_a_beginning(case: tuple[str, str, An
         assert whole == read(name, list(text[:at])), at
         assert reasoning.startswith(whole[1])
         assert len(whole[2]) <= len(calls)
-        for (function, given), (expected, arguments) in zip(whole[2], calls, strict=False):
+        for (function, begun), (expected, arguments) in zip(whole[2], calls, strict=False):
             assert function == expected
-            assert arguments.startswith(given) or given == "{}"
+            assert arguments.startswith(begun) or begun == "{}"
 
 
 def test_arguments_are_given_as_they_come() -> None:
@@ -199,11 +200,11 @@ def test_arguments_are_given_as_they_come() -> None:
     st.lists(
         st.sampled_from(
             [
-                *("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", '{"name"', ": ", '"f"', "}", "{", "]", "["),
-                *(', "arguments": ', ', "parameters": ', "\n", " ", ";", "<", "x", "\\", '"', "<|python_tag|>", "null"),
+                *("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", '{"name"', ": ", '"f"', "}", "{", "]"),
+                *(', "arguments": ', ', "parameters": ', "\n", " ", ";", "<", "x", "\\", '"', "[", "null"),
                 *("<|channel|>", "final", "analysis", " to=functions.f", "<|message|>", "<|end|>", "<|start|>"),
-                *("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "function"),
-                *("<function=f>", "<parameter=k>", "</parameter>", "</function>"),
+                *("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"),
+                *("<function=f>", "<parameter=k>", "</parameter>", "</function>", "function", "<|python_tag|>"),
             ]
         ),
         max_size=14,
@@ -219,7 +220,9 @@ def test_anything_at_all_reads_the_same_however_it_is_cut(name: str, words: list
 
 
 @settings(deadline=None)
-@given(st.dictionaries(st.text(max_size=5), st.recursive(st.none() | st.text() | st.integers(), st.lists), max_size=3))
+@given(
+    st.dictionaries(st.text(max_size=5), st.recursive(st.none() | st.text() | st.integers(), st.lists), max_size=3)
+)
 def test_any_arguments_pass_through(arguments: dict[str, Any]) -> None:
     for name in ("hermes", "mistral", "llama", "deepseek", "harmony"):
         for ascii in (True, False):
@@ -237,7 +240,7 @@ def test_any_arguments_pass_through(arguments: dict[str, Any]) -> None:
 
 
 TEMPLATES = {
-    "hermes": "{% if tools %}<tool_call>\n{\"name\": <function-name>, \"arguments\": <args>}\n</tool_call>{% endif %}",
+    "hermes": '{% if tools %}<tool_call>\n{"name": <function-name>}\n</tool_call>{% endif %}',
     "qwen3-coder": "<tool_call>\n<function=example>\n<parameter=p>",
     "mistral": "{{ '[TOOL_CALLS]' }}",
     "llama": '<|start_header_id|>{"name": function name, "parameters": dictionary}',

@@ -1,18 +1,21 @@
-"""From token chunks to text: incremental decoding, stop strings, and the logprobs that belong to the text.
+"""From token chunks to text: incremental decoding, the cut at a stop string, and the logprobs that belong to the
+text.
 
-Stop strings are the gateway's business because they are text: one may begin in the middle of a token. Text
-that might be the beginning of one is held back, so that nothing after a stop string, nor any part of it, is
-ever sent.
+Where a generation ends at a stop string is decided below the result cache (`runtime/generation/stopping.py`); here
+its text is cut there. Both read the text with a `StopScanner`, and so agree; where nothing below stops it, this
+closes it.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import dataclass
 
 from ...runtime.errors import PimoeError
+from ...runtime.generation.stopping import StopScanner, is_silent
 from ...runtime.requests import FinishReason, TokenChunk, TokenLogprob
 from .context import TextCodec
 
@@ -27,6 +30,11 @@ class Piece:
 
     Tokens are reported with the piece in which they came, even while their text is still held back: over all
     pieces `token_ids` are the tokens generated, up to and including the one that completed a stop string.
+
+    Attributes:
+        stop_reason: with a `finish_reason` of "stop", the stop string or stop token that it was; None for the
+            model's own end.
+        prompt_logprobs, cached_tokens: of the first piece, as in `TokenChunk`.
     """
 
     text: str
@@ -34,101 +42,132 @@ class Piece:
     logprobs: tuple[TokenLogprob, ...] = ()
     offsets: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class TextRules:
-    """What ends a text. `terminators` are token ids whose text is not part of it when they end the
-    generation."""
+    """What ends a text, and what is part of it.
+
+    Attributes:
+        terminators: token ids whose text is not part of it when they end the generation.
+        ends: those of them that are the model's own, which are no `stop_reason`.
+        with_stop: a stop string, or the text of a stop token, is part of the text.
+        visible: special tokens that have a text nevertheless: their names.
+        anew: the text begins anew, rather than to continue the prompt's: without the space that decoding strips
+            from the beginning of a text.
+    """
 
     stop: tuple[str, ...] = ()
     min_tokens: int = 0
     terminators: frozenset[int] = frozenset()
+    ends: frozenset[int] = frozenset()
     logprobs: bool = False
-
-
-def held_back(text: str, stops: tuple[str, ...]) -> int:
-    """How many characters at the end of `text` may be the beginning of a stop string."""
-    longest = 0
-    for stop in stops:
-        start = max(0, len(text) - len(stop) + 1)
-        while (start := text.find(stop[0], start)) >= 0:
-            if stop.startswith(text[start:]):
-                longest = max(longest, len(text) - start)
-                break
-            start += 1
-    return longest
-
-
-def first_stop(text: str, stops: tuple[str, ...]) -> int:
-    """Where the first stop string in `text` begins; -1 where there is none."""
-    return min((at for stop in stops if (at := text.find(stop)) >= 0), default=-1)
+    with_stop: bool = False
+    visible: frozenset[int] = frozenset()
+    anew: bool = False
 
 
 class Assembler:
     """The text of one choice. Without a codec there is no text, only tokens.
 
     Args:
-        context: the last tokens of the prompt, where the text is to be its continuation.
+        context: the last tokens of the prompt.
     """
 
-    __slots__ = ("_decoded_chars", "_decoder", "_one_by_one", "_pending", "_rules", "_stopped", "_tokens")
+    __slots__ = (
+        *("_codec", "_decoded_chars", "_decoder", "_drop_space", "_marks", "_one_by_one", "_released", "_rules"),
+        *("_scanned_chars", "_scanner"),
+    )
 
     def __init__(self, codec: TextCodec | None, rules: TextRules, context: tuple[int, ...] = ()) -> None:
+        self._codec = codec
         self._decoder = None if codec is None else codec.incremental(list(context))
         self._rules = rules
+        self._scanner = StopScanner(rules.stop, rules.min_tokens)
         # Only these need to know which token brought which text.
-        self._one_by_one = bool(rules.stop) or rules.logprobs
-        self._pending = ""
+        self._one_by_one = bool(rules.stop or rules.visible) or rules.logprobs
+        self._drop_space: bool | None = None if rules.anew and codec is not None else False
+        self._marks: deque[tuple[int, str]] = deque()  # names of special tokens, and the characters before each
+        self._scanned_chars = self._released = 0
         self._decoded_chars = 0
-        self._tokens = 0
-        self._stopped = False
 
     def push(self, chunk: TokenChunk) -> Piece:
         """Takes the next tokens. The piece has a `finish_reason` when the choice is complete."""
         ids = chunk.token_ids
-        silent = chunk.finish_reason == "stop" and bool(ids) and ids[-1] in self._rules.terminators
-        taken, offsets = self._take(ids[:-1] if silent else ids)
-        if silent and not self._stopped:
+        silent = is_silent(chunk, self._rules.terminators)
+        taken, offsets = self._take(ids[:-1] if silent and not self._shows_end(ids[-1]) else ids)
+        if taken < len(ids) and self._scanner.matched is None:
             taken += 1
             offsets.append(self._decoded_chars)
-        if chunk.finish_reason is not None and not self._stopped and self._decoder is not None:
-            self._append(self._decoder.finish())
-        reason: FinishReason | None = "stop" if self._stopped else chunk.finish_reason
-        logprobs = chunk.logprobs[:taken] if self._rules.logprobs and chunk.logprobs else ()
-        return Piece(self._release(reason is not None), ids[:taken], logprobs, tuple(offsets), reason)
+        if chunk.finish_reason is not None and self._scanner.matched is None and self._decoder is not None:
+            self._append(self._decoder.finish(), 0)
+        stopped = self._scanner.matched
+        reason: FinishReason | None = chunk.finish_reason if stopped is None else "stop"
+        ended_by = ids[-1] if silent and ids[-1] not in self._rules.ends else None
+        return Piece(
+            text=self._release(reason is not None),
+            token_ids=ids[:taken],
+            logprobs=chunk.logprobs[:taken] if self._rules.logprobs and chunk.logprobs else (),
+            offsets=tuple(offsets),
+            finish_reason=reason,
+            stop_reason=ended_by if stopped is None else stopped,
+            prompt_logprobs=chunk.prompt_logprobs,
+            cached_tokens=chunk.cached_tokens,
+        )
+
+    def _shows_end(self, token: int) -> bool:
+        return self._rules.with_stop and token not in self._rules.ends
 
     def _take(self, ids: tuple[int, ...]) -> tuple[int, list[int]]:
         """How many tokens were used, and the characters of text before each."""
         offsets: list[int] = []
-        if not self._one_by_one:
-            self._append(self._decode(list(ids)))
+        if not self._one_by_one and self._drop_space is not None:
+            self._append(self._decode(list(ids)), len(ids))
             return len(ids), offsets
         for count, token in enumerate(ids, start=1):
             offsets.append(self._decoded_chars)
-            self._tokens += 1
-            self._append(self._decode([token]))
-            if self._stopped:
+            text = self._decode([token])
+            if self._drop_space is None and text:
+                self._drop_space = self._is_stripped(text, token)
+            if token in self._rules.visible:
+                self._mark(token)
+            self._append(text, 1)
+            if self._scanner.matched is not None:
                 return count, offsets
         return len(ids), offsets
 
     def _decode(self, ids: list[int]) -> str:
         return self._decoder.push(ids) if self._decoder is not None and ids else ""
 
-    def _append(self, text: str) -> None:
+    def _is_stripped(self, text: str, token: int) -> bool:
+        """Whether the first text of all begins with a space that it would not have at the beginning of a text."""
+        return self._codec is not None and text[0] == " " and not self._codec.decode([token]).startswith(" ")
+
+    def _mark(self, token: int) -> None:
+        name = "" if self._codec is None else self._codec.token_text(token)
+        self._marks.append((self._scanned_chars, name))
+        self._decoded_chars += len(name)
+
+    def _append(self, text: str, tokens: int) -> None:
         self._decoded_chars += len(text)
-        self._pending += text
-        if self._rules.stop and self._tokens >= self._rules.min_tokens:
-            at = first_stop(self._pending, self._rules.stop)
-            if at >= 0:
-                self._pending = self._pending[:at]
-                self._stopped = True
+        self._scanned_chars += len(text)
+        self._scanner.push(text, tokens)
 
     def _release(self, complete: bool) -> str:
-        keep = 0 if complete else held_back(self._pending, self._rules.stop)
-        cut = len(self._pending) - keep
-        text, self._pending = self._pending[:cut], self._pending[cut:]
-        return text
+        """The text that is certain, with the names of special tokens where they came."""
+        text = self._scanner.take(complete, self._rules.with_stop)
+        start = 1 if text and self._released == 0 and self._drop_space else 0
+        parts: list[str] = []
+        while self._marks and self._marks[0][0] - self._released <= len(text):
+            at, name = self._marks.popleft()
+            cut = max(start, at - self._released)
+            parts += text[start:cut], name
+            start = cut
+        self._released += len(text)
+        return "".join((*parts, text[start:])) if parts else text[start:]
 
 
 async def close(chunks: Chunks) -> None:

@@ -6,6 +6,7 @@ it with a few lines; `pimoe.runtime.model.tokenizer` implements `TextCodec`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
@@ -58,7 +59,7 @@ class ApiSettings:
     max_choices: int = 8
     max_prompts: int = 128
     max_infer_many: int = 256
-    max_stop_strings: int = 4
+    max_stop_strings: int = 16
     max_stop_chars: int = 256
     max_logprobs: int = 20
     default_completion_tokens: int = 16
@@ -97,18 +98,41 @@ class IncrementalText(Protocol):
 
 
 class TextCodec(Protocol):
-    """A tokenizer. `encode` of long texts is called from a thread and must be safe there."""
+    """A tokenizer and its chat template. `encode` of long texts is called from a thread and must be safe there."""
+
+    @property
+    def special_token_ids(self) -> frozenset[int]:
+        """Tokens that give no text."""
+        ...
+
+    @property
+    def chat_template(self) -> str:
+        """The text of the chat template; empty where there is none."""
+        ...
+
+    @property
+    def chat_variables(self) -> frozenset[str]:
+        """The variables that the chat template reads."""
+        ...
 
     def encode(self, text: str, /, add_special_tokens: bool = True) -> list[int]:
         """Text to token ids."""
         ...
 
-    def decode(self, token_ids: list[int], /) -> str:
-        """Token ids to text; special tokens give no text."""
+    def decode(self, token_ids: list[int], /, skip_special_tokens: bool = True) -> str:
+        """Token ids to text; special tokens give no text, or their names."""
         ...
 
     def token_text(self, token_id: int, /) -> str:
         """One token as text, U+FFFD where it is no whole character."""
+        ...
+
+    def token_piece(self, token_id: int, /) -> str:
+        """One token as the vocabulary spells it."""
+        ...
+
+    def added_token_id(self, piece: str, /) -> int | None:
+        """The token added to the vocabulary under that name; None where there is none."""
         ...
 
     def incremental(self, context: list[int], /) -> IncrementalText:
@@ -116,11 +140,21 @@ class TextCodec(Protocol):
         first token keeps a space that decoding would strip from the beginning of a text."""
         ...
 
-    def render_chat(self, messages: list[dict[str, str]], /) -> str:
-        """The prompt that the model's chat template makes of messages with `role` and `content`.
+    def render_chat(self, messages: list[dict[str, Any]], /, variables: Mapping[str, Any] | None = None) -> str:
+        """The prompt that the model's chat template makes of messages, and of more variables such as `tools`.
 
         Raises:
             InvalidRequestError: there is no template, or it refuses these messages.
+        """
+        ...
+
+    def render_unfinished_chat(
+        self, messages: list[dict[str, Any]], /, variables: Mapping[str, Any] | None = None
+    ) -> str:
+        """The same up to the end of the last message, for the model to go on with it.
+
+        Raises:
+            InvalidRequestError: as `render_chat`, or the end is not to be seen.
         """
         ...
 

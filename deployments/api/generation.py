@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from ...runtime.caching import BypassReason
 from ...runtime.errors import InvalidRequestError, PimoeError
+from ...runtime.generation.stopping import prompt_context, terminators
 from ...runtime.requests import GenerateAnswer, GenerateRequest, ModelInfo
 from .assembly import Assembler, Piece, TextRules, close, pieces
 from .context import GatewayContext, TextCodec
@@ -16,8 +17,6 @@ from .lifetime import cancelled_from_behind
 from .openai_params import Wanted
 from .openai_prompts import token_budget
 
-# More than any character or word that the end of a prompt may be in the middle of.
-_CONTEXT_TOKENS = 32
 _PIECES_AHEAD = 64
 
 Pieces = AsyncGenerator[Piece, None]
@@ -31,13 +30,36 @@ class Plan:
     `index`."""
 
     requests: tuple[GenerateRequest, ...]
-    prompt_tokens: int
+    n: int
     bypass: BypassReason | None
     rules: TextRules
 
+    @property
+    def prompts(self) -> tuple[tuple[int, ...], ...]:
+        """The token ids of each prompt."""
+        return tuple(request.prompt_token_ids for request in self.requests[:: self.n])
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all prompts, each counted once."""
+        return sum(map(len, self.prompts))
+
+
+@dataclass(frozen=True, slots=True)
+class TextKind:
+    """What kind of text answers are: see `TextRules`."""
+
+    anew: bool = False
+    visible: frozenset[int] = frozenset()
+
 
 def make_plan(
-    wanted: Wanted, prompts: list[list[int]], model: ModelInfo, work_id: str, remaining_s: float
+    wanted: Wanted,
+    prompts: list[list[int]],
+    model: ModelInfo,
+    work_id: str,
+    remaining_s: float,
+    kind: TextKind | None = None,
 ) -> Plan:
     """The requests that `wanted` makes of the encoded prompts.
 
@@ -53,25 +75,31 @@ def make_plan(
             raise InvalidRequestError(text, "min_tokens")
         base = wanted.base_seed(prompt)
         for choice in range(wanted.n):
-            sampling = replace(wanted.sampling, max_tokens=budget, seed=wanted.seed_of(choice, base))
-            name = work_id if not requests else f"{work_id}-{len(requests)}"
-            priority, tenant = wanted.options.priority, wanted.options.tenant
-            requests.append(GenerateRequest(name, tuple(prompt), sampling, priority, remaining_s, tenant=tenant))
-    return Plan(
-        requests=tuple(requests),
-        prompt_tokens=sum(map(len, prompts)),
-        bypass=wanted.bypass,
-        rules=_rules(wanted, model),
-    )
+            requests.append(
+                GenerateRequest(
+                    request_id=work_id if not requests else f"{work_id}-{len(requests)}",
+                    prompt_token_ids=tuple(prompt),
+                    sampling=replace(wanted.sampling, max_tokens=budget, seed=wanted.seed_of(choice, base)),
+                    priority=wanted.options.priority,
+                    timeout_s=remaining_s,
+                    tenant=wanted.options.tenant,
+                    cache_salt=wanted.cache_salt,
+                )
+            )
+    return Plan(tuple(requests), wanted.n, wanted.bypass, _rules(wanted, model, kind or TextKind()))
 
 
-def _rules(wanted: Wanted, model: ModelInfo) -> TextRules:
-    ends = () if wanted.sampling.ignore_eos else model.eos_token_ids
+def _rules(wanted: Wanted, model: ModelInfo, kind: TextKind) -> TextRules:
+    sampling = wanted.sampling
     return TextRules(
-        stop=wanted.stop,
-        min_tokens=wanted.sampling.min_tokens,
-        terminators=frozenset((*ends, *wanted.sampling.stop_token_ids)),
-        logprobs=wanted.sampling.logprobs is not None,
+        stop=sampling.stop,
+        min_tokens=sampling.min_tokens,
+        terminators=terminators(model, sampling),
+        ends=frozenset(() if sampling.ignore_eos else model.eos_token_ids),
+        logprobs=sampling.logprobs is not None,
+        with_stop=wanted.shown.stop,
+        visible=kind.visible,
+        anew=kind.anew,
     )
 
 
@@ -102,14 +130,11 @@ async def _start(context: GatewayContext, plan: Plan) -> list[GenerateAnswer]:
         raise
 
 
-def streams(
-    answers: list[GenerateAnswer], codec: TextCodec | None, plan: Plan, continues: bool = False
-) -> list[Pieces]:
-    """Each answer as pieces of text. `continues`: of a text that goes on where its prompt ends, in the middle
-    of a line or a word, rather than of one that begins anew."""
+def streams(answers: list[GenerateAnswer], codec: TextCodec | None, plan: Plan) -> list[Pieces]:
+    """Each answer as pieces of text."""
     texts: list[Pieces] = []
     for answer, request in zip(answers, plan.requests, strict=True):
-        context = request.prompt_token_ids[-_CONTEXT_TOKENS:] if continues else ()
+        context = tuple(prompt_context(request.prompt_token_ids))
         texts.append(pieces(answer.chunks, Assembler(codec, plan.rules, context)))
     return texts
 

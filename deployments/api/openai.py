@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import orjson
 
 from ...runtime.errors import InvalidRequestError, ModelNotFoundError
-from ...runtime.requests import GenerateAnswer, ModelInfo
-from .assembly import Piece
+from ...runtime.requests import ModelInfo
 from .bodies import decode_json
-from .call import Call, cache_header, combined
+from .call import Call
 from .chat_prompt import ModeReport, chat_prompt, report
+from .context import TextCodec
 from .fields import Fields, shown
-from .generation import Events, Plan, interleave, make_plan, started, streams
-from .openai_format import ChatFormat, Choice, CompletionFormat, Format, usage
+from .generation import Plan, TextKind, interleave, make_plan, started, streams
+from .openai_answer import Answer, respond, stream
+from .openai_chat import Conversation, read_conversation
+from .openai_format import ChatFormat, CompletionFormat, Format, Telling
+from .openai_logprobs import Echo, TokenNames, echo_of
 from .openai_params import Wanted, read_chat, read_completion
-from .openai_prompts import Prompt, encode_all, read_messages, read_prompts
-from .prompt_cache import Chat
+from .openai_prompts import Prompt, encode_all, read_prompts, truncated
 
 
 async def completions(call: Call) -> None:
@@ -26,20 +29,21 @@ async def completions(call: Call) -> None:
     fields, model = await _body(call)
     wanted = read_completion(fields, model, call.settings, call.header_options())
     prompts = read_prompts(fields, model, call.settings)
-    await _generate(call, wanted, prompts, CompletionFormat(call.context.tokenizer), report(wanted.chosen))
+    await _generate(call, wanted, prompts, report(wanted.chosen))
 
 
 async def chat_completions(call: Call) -> None:
     """`POST /v1/chat/completions`."""
     fields, model = await _body(call)
     wanted = read_chat(fields, model, call.settings, call.header_options())
-    chat = Chat(read_messages(fields))
     codec, prompts = call.context.tokenizer, call.context.prompts
     if codec is None or prompts is None:
         raise InvalidRequestError("this checkpoint has no tokenizer, so there is no chat", "messages")
-    prompt = await chat_prompt(prompts, chat, wanted.chosen, (model.max_context_tokens, wanted.max_tokens))
-    told = report(wanted.chosen, prompt)
-    await _generate(call, wanted, [prompt.token_ids], ChatFormat(codec), told)
+    conversation = read_conversation(fields, codec)
+    wanted = _must_call(wanted, conversation, codec)
+    limits = (model.max_context_tokens, wanted.max_tokens)
+    prompt = await chat_prompt(prompts, conversation.chat, wanted.chosen, limits)
+    await _generate(call, wanted, [prompt.token_ids], report(wanted.chosen, prompt), conversation)
 
 
 async def models(call: Call) -> None:
@@ -57,8 +61,9 @@ async def model(call: Call) -> None:
 
 
 def _model(known: ModelInfo, created_s: int) -> dict[str, Any]:
+    """OpenAI's fields, and those that vLLM's clients read."""
     described = {"id": known.name, "object": "model", "created": created_s, "owned_by": "pimoe"}
-    return {**described, "max_model_len": known.max_context_tokens}
+    return {**described, "root": known.name, "parent": None, "max_model_len": known.max_context_tokens}
 
 
 async def _body(call: Call) -> tuple[Fields, ModelInfo]:
@@ -66,116 +71,79 @@ async def _body(call: Call) -> tuple[Fields, ModelInfo]:
     return Fields(decode_json(await call.body(), call.settings.max_json_bytes)), known
 
 
+def _must_call(wanted: Wanted, conversation: Conversation, codec: TextCodec) -> Wanted:
+    """With the grammar of a forced tool call.
+
+    Raises:
+        InvalidRequestError: calls cannot be forced, or the answer must match something else already.
+    """
+    grammar = conversation.tools.grammar(codec)
+    if grammar is None:
+        return wanted
+    if wanted.sampling.grammar_kind:
+        raise InvalidRequestError(
+            'tool_choice forces a call, so that the answer cannot match another format too; use "auto"',
+            "tool_choice",
+        )
+    return replace(wanted, sampling=replace(wanted.sampling, grammar_kind="lark", grammar=grammar))
+
+
 async def _generate(
-    call: Call, wanted: Wanted, prompts: list[Prompt], shape: Format, told: ModeReport | None
+    call: Call,
+    wanted: Wanted,
+    prompts: list[Prompt],
+    told: ModeReport | None,
+    conversation: Conversation | None = None,
 ) -> None:
     known, codec = call.context.model, call.context.tokenizer
-    if codec is None and wanted.stop:
+    if codec is None and wanted.sampling.stop:
         raise InvalidRequestError(
             "stop needs a tokenizer, which this checkpoint has not; use stop_token_ids", "stop"
         )
     remaining_s = call.start_clock(wanted.options.timeout_s)
-    # A rendered chat already holds the special tokens that its template wants, and its answer begins anew.
-    continues = not isinstance(shape, ChatFormat)
-    encoded = await encode_all(prompts, codec, known, special=continues)
-    plan = make_plan(wanted, encoded, known, call.work_id(), remaining_s)
+    encoded = await encode_all(prompts, codec, known, special=wanted.add_special_tokens is not False)
+    encoded = [truncated(ids, wanted.truncate, wanted.max_tokens, known) for ids in encoded]
+    kind = _kind(wanted, conversation, codec)
+    plan = make_plan(wanted, encoded, known, call.work_id(), remaining_s, kind)
     async with (
         started(call.context, plan) as answers,
-        aclosing(interleave(streams(answers, codec, plan, continues))) as events,
+        aclosing(interleave(streams(answers, codec, plan))) as events,
     ):
+        telling = _telling(wanted, plan, codec)
+        if conversation is None:
+            shape: Format = CompletionFormat(telling, _echoes(wanted, prompts, plan, codec))
+        else:
+            shape = ChatFormat(telling, conversation.tools, answers[0].response_id, conversation.reasoning)
+        answer = Answer(wanted.shown, plan, answers, shape, known, told)
+        await (stream if wanted.shown.stream else respond)(call, answer, events)
+
+
+def _kind(wanted: Wanted, conversation: Conversation | None, codec: TextCodec | None) -> TextKind:
+    if codec is None:
+        return TextKind()
+    visible = codec.special_token_ids if wanted.shown.special_tokens else frozenset()
+    if conversation is None:
+        return TextKind(visible=visible)
+    visible |= conversation.tools.visible(codec)
+    return TextKind(anew=not conversation.chat.unfinished, visible=visible)
+
+
+def _telling(wanted: Wanted, plan: Plan, codec: TextCodec | None) -> Telling:
+    return Telling(
+        names=TokenNames(codec, wanted.shown.tokens_as_ids),
+        logprobs=plan.rules.logprobs,
+        prompt_logprobs=wanted.shown.prompt_logprobs,
         # Without a tokenizer the ids are all there is of an answer.
-        with_ids = wanted.return_token_ids or codec is None
-        answer = _Answer(wanted, plan, answers, shape, known, with_ids, told)
-        await (_stream(call, answer, events) if wanted.stream else _respond(call, answer, events))
+        token_ids=wanted.shown.token_ids or codec is None,
+        prompt_token_ids=wanted.shown.token_ids,
+        prompts=plan.prompts,
+        n=plan.n,
+    )
 
 
-class _Answer:
-    """What all parts of one answer share."""
-
-    def __init__(
-        self,
-        wanted: Wanted,
-        plan: Plan,
-        answers: list[GenerateAnswer],
-        shape: Format,
-        known: ModelInfo,
-        with_ids: bool,
-        told: ModeReport | None,
-    ) -> None:
-        self.shape = shape
-        self.include_usage = wanted.include_usage
-        self.outcome = combined(answer.outcome for answer in answers)
-        self.prompt_tokens = plan.prompt_tokens
-        self.count = len(answers)
-        self._logprobs = plan.rules.logprobs
-        self._with_ids = with_ids
-        self._told = told
-        self.headers = [cache_header(self.outcome), *(told.headers() if told else ())]
-        self._id = f"{shape.id_prefix}-{answers[0].response_id}"
-        self._created_s = answers[0].created_s
-        self._model = known.name
-
-    def envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        """The answer, or one chunk of it, around its choices."""
-        head = {"id": self._id, "object": kind, "created": self._created_s}
-        return {**head, "model": self._model, "choices": choices}
-
-    def choice(self, index: int, piece: Piece) -> dict[str, Any]:
-        """A whole choice."""
-        return self._add_ids(self.shape.choice(index, piece, self._logprobs), piece)
-
-    def chunk(self, index: int, piece: Piece, first: bool) -> bytes | None:
-        """A streamed chunk; None where the piece has nothing to tell yet."""
-        if not (piece.text or piece.finish_reason or first or self._with_ids or self._logprobs):
-            return None
-        choice = self._add_ids(self.shape.delta(index, piece, self._logprobs, first), piece)
-        body = self.envelope(self.shape.chunk_object, [choice])
-        if self.include_usage:
-            body["usage"] = None
-        if first and index == 0:
-            self.add_report(body)
-        return orjson.dumps(body)
-
-    def add_report(self, body: dict[str, Any]) -> None:
-        """What there is to tell of the request's mode."""
-        if self._told is not None:
-            body["pimoe"] = self._told.body()
-
-    def _add_ids(self, choice: dict[str, Any], piece: Piece) -> dict[str, Any]:
-        if self._with_ids:
-            choice["token_ids"] = piece.token_ids
-        return choice
-
-
-async def _respond(call: Call, answer: _Answer, events: Events) -> None:
-    choices = [Choice() for _ in range(answer.count)]
-    async for index, piece in events:
-        choices[index].add(piece)
-    done = [answer.choice(index, choice.whole()) for index, choice in enumerate(choices)]
-    body = answer.envelope(answer.shape.object, done)
-    body["usage"] = usage(answer.prompt_tokens, sum(len(choice.token_ids) for choice in choices))
-    answer.add_report(body)
-    await call.respond(orjson.dumps(body), extra=answer.headers)
-
-
-async def _stream(call: Call, answer: _Answer, events: Events) -> None:
-    # A refusal comes with the first piece, and only before the head is sent can it still choose the status.
-    index, piece = await anext(events)
-    await call.start_stream(answer.headers)
-    begun = {index}
-    tokens = len(piece.token_ids)
-    await _send_chunk(call, answer.chunk(index, piece, first=True))
-    async for index, piece in events:
-        tokens += len(piece.token_ids)
-        await _send_chunk(call, answer.chunk(index, piece, first=index not in begun))
-        begun.add(index)
-    if answer.include_usage:
-        last = answer.envelope(answer.shape.chunk_object, [])
-        await call.event(orjson.dumps({**last, "usage": usage(answer.prompt_tokens, tokens)}))
-    await call.event(b"[DONE]")
-    await call.end_stream()
-
-
-async def _send_chunk(call: Call, chunk: bytes | None) -> None:
-    if chunk is not None:
-        await call.event(chunk)
+def _echoes(wanted: Wanted, prompts: list[Prompt], plan: Plan, codec: TextCodec | None) -> list[Echo]:
+    if not wanted.shown.echo:
+        return []
+    whole = wanted.truncate is None
+    texts = [prompt if whole and isinstance(prompt, str) else None for prompt in prompts]
+    return [echo_of(text, ids, codec) for text, ids in zip(texts, plan.prompts, strict=True)]

@@ -1,9 +1,12 @@
-"""Reading the bodies of `/v1/completions` and `/v1/chat/completions`.
+"""Reading the bodies of `/v1/completions` and `/v1/chat/completions`, all but the prompt.
 
 Three kinds of fields: those that are honoured; those that cannot change the answer, which are accepted and
 ignored; and those that would change it but are not supported, which are refused unless they say "nothing"
 (`NEUTRAL`). A field that nobody knows is refused too: a misspelt `max_token` must not be answered as if it
 were not there.
+
+Fields by topic: `openai_sampling`, `openai_structured` (what an answer must match), `openai_tools`, `openai_chat`
+(messages and template), `openai_prompts`, `options` (priority, timeout, cache).
 """
 
 from __future__ import annotations
@@ -19,45 +22,87 @@ from ...runtime.requests import ModelInfo, SamplingParams
 from .context import ApiSettings
 from .fields import Fields, shown
 from .modes import Chosen, choose, seed_of_prompt
+from .openai_sampling import HUGE, SAMPLING_FIELDS, read_sampling
+from .openai_structured import STRUCTURED_FIELDS, read_grammar
 from .options import CallOptions, read_options, read_truncation
 
 _HONOURED = {
-    *("model", "n", "stream", "stream_options", "max_tokens", "min_tokens", "temperature", "top_p", "top_k"),
-    *("min_p", "seed", "stop", "stop_token_ids", "ignore_eos", "logprobs", "return_token_ids"),
+    *("model", "n", "best_of", "stream", "stream_options", "max_tokens", "logprobs", "prompt_logprobs"),
+    *("return_token_ids", "return_tokens_as_token_ids", "include_stop_str_in_output", "skip_special_tokens"),
+    *("truncate_prompt_tokens", "add_special_tokens", "cache_salt"),
     *("priority", "service_tier", "timeout", "cache", "mode"),
 }
 _IGNORED = {
-    *("user", "store", "metadata", "safety_identifier", "parallel_tool_calls", "prediction"),
+    *("user", "store", "metadata", "safety_identifier", "prediction", "request_id"),
     *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
 }
 # Fields that would change the answer, and the values besides null with which they do not.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "allowed_token_ids": (),
     "audio": (),
-    "best_of": (),
-    "echo": (False,),
-    "frequency_penalty": (0,),
+    "bad_words": ([],),
+    "early_stopping": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logit_bias": ({},),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
     "modalities": (["text"],),
     "moderation": (),
-    "presence_penalty": (0,),
-    "reasoning_effort": ("none",),
-    "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
+    "spaces_between_special_tokens": (True,),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
+    "use_beam_search": (False,),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
-_KNOWN = _HONOURED | _IGNORED | NEUTRAL.keys()
-COMPLETION_FIELDS = _KNOWN | {"prompt"}
-CHAT_FIELDS = _KNOWN | {"messages", "max_completion_tokens", "top_logprobs", "truncation"}
+# The same, of fields that the other endpoint honours.
+COMPLETION_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "parallel_tool_calls": (True, False),
+    "reasoning_effort": ("none",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+}
+CHAT_NEUTRAL: dict[str, tuple[Any, ...]] = {"chat_template": (), "documents": ([],), "echo": (False,)}
 
-_HUGE = 1 << 62
+_KNOWN = _HONOURED | _IGNORED | NEUTRAL.keys() | SAMPLING_FIELDS | STRUCTURED_FIELDS
+COMPLETION_FIELDS = _KNOWN | COMPLETION_NEUTRAL.keys() | {"prompt", "echo"}
+CHAT_FIELDS = (
+    _KNOWN
+    | CHAT_NEUTRAL.keys()
+    | {
+        *("messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls"),
+        *("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "reasoning_effort"),
+        *("include_reasoning", "truncation"),
+    }
+)
+
 _SEEDS = 1 << 63
-_MAX_STOP_TOKEN_IDS = 64
+_MAX_SALT_CHARS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What of an answer is shown, and how; none of it changes what is generated.
+
+    Attributes:
+        continuous_usage: every chunk of a stream tells the usage so far.
+        tokens_as_ids: logprobs name tokens as `token_id:17`.
+        echo: the prompt's text, and its logprobs where logprobs are asked for, go in front of the answer.
+        only_echo: and no answer follows.
+        prompt_logprobs: how many alternatives to tell of each token of the prompt; None: do not tell them.
+        stop: what stopped an answer is part of its text.
+        special_tokens: special tokens are part of its text.
+    """
+
+    stream: bool = False
+    include_usage: bool = False
+    continuous_usage: bool = False
+    token_ids: bool = False
+    tokens_as_ids: bool = False
+    echo: bool = False
+    only_echo: bool = False
+    prompt_logprobs: int | None = None
+    stop: bool = False
+    special_tokens: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,19 +113,21 @@ class Wanted:
         max_tokens: None where not given; then `default_tokens`, or what the context has left.
         seed: None where not given.
         sampling: all the rest of the sampling; its `max_tokens` and `seed` are not resolved yet.
+        truncate: keep so many of the prompt's tokens, the last ones; 0 keeps what the context has room for.
+        add_special_tokens: whether the tokenizer adds its own to a prompt; None: completions only.
         chosen: its mode; already part of `sampling` and `default_tokens`.
     """
 
     n: int
-    stream: bool
-    include_usage: bool
-    stop: tuple[str, ...]
-    return_token_ids: bool
+    shown: Shown
     max_tokens: int | None
     default_tokens: int
     seed: int | None
     sampling: SamplingParams
     options: CallOptions
+    cache_salt: str = ""
+    truncate: int | None = None
+    add_special_tokens: bool | None = None
     chosen: Chosen | None = None
 
     @property
@@ -132,112 +179,124 @@ def read_completion(fields: Fields, model: ModelInfo, settings: ApiSettings, def
     """
     fields.only(COMPLETION_FIELDS)
     check_model(fields, model)
+    _check_neutral(fields, NEUTRAL | COMPLETION_NEUTRAL)
     logprobs = fields.integer("logprobs", 0, settings.max_logprobs)
-    limit = fields.integer("max_tokens", 1, _HUGE)
-    return _read(fields, model, settings, defaults, (logprobs, limit, settings.default_completion_tokens))
+    echo = fields.flag("echo") or False
+    limit = fields.integer("max_tokens", 0 if echo else 1, HUGE)
+    return _read(
+        fields, model, settings, defaults, _Special(logprobs, limit, settings.default_completion_tokens, echo)
+    )
 
 
 def read_chat(fields: Fields, model: ModelInfo, settings: ApiSettings, defaults: CallOptions) -> Wanted:
-    """All of a chat completion's body but its messages.
+    """All of a chat completion's body but its messages, tools and template.
 
     Raises:
         InvalidRequestError, ModelNotFoundError.
     """
     fields.only(CHAT_FIELDS)
     check_model(fields, model)
+    _check_neutral(fields, NEUTRAL | CHAT_NEUTRAL)
     top = fields.integer("top_logprobs", 0, settings.max_logprobs)
     wants_logprobs = fields.flag("logprobs") or False
     if top is not None and not wants_logprobs:
         raise fields.wrong("top_logprobs", "absent unless logprobs is true")
-    old, new = fields.integer("max_tokens", 1, _HUGE), fields.integer("max_completion_tokens", 1, _HUGE)
+    old, new = fields.integer("max_tokens", 1, HUGE), fields.integer("max_completion_tokens", 1, HUGE)
     if old is not None and new is not None and old != new:
         raise fields.wrong("max_tokens", f"absent, or equal to max_completion_tokens ({new})")
     logprobs = (top or 0) if wants_logprobs else None
-    return _read(fields, model, settings, defaults, (logprobs, new or old, settings.default_chat_tokens))
+    return _read(fields, model, settings, defaults, _Special(logprobs, new or old, settings.default_chat_tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class _Special:
+    """What the two endpoints spell differently."""
+
+    logprobs: int | None
+    max_tokens: int | None
+    default_tokens: int
+    echo: bool = False
 
 
 def _read(
-    fields: Fields,
-    model: ModelInfo,
-    settings: ApiSettings,
-    defaults: CallOptions,
-    special: tuple[int | None, int | None, int],
+    fields: Fields, model: ModelInfo, settings: ApiSettings, defaults: CallOptions, special: _Special
 ) -> Wanted:
-    logprobs, max_tokens, default_tokens = special
     n = fields.integer("n", 1, settings.max_choices) or 1
-    _check_neutral(fields, n)
-    stream = fields.flag("stream") or False
+    best_of = fields.integer("best_of", 1, settings.max_choices)
+    if best_of not in (None, n):
+        raise fields.wrong("best_of", f"absent, or equal to n ({n}): choices are not ranked")
+    shown = _shown(fields, settings, special)
+    of_prompt = (shown.prompt_logprobs, special.logprobs if special.echo else None)
+    logprobs = special.logprobs, max((most for most in of_prompt if most is not None), default=None)
     seed = fields.integer("seed", -_SEEDS, _SEEDS - 1)
     options = read_options(fields, defaults, settings)
-    chosen = choose(options.mode, read_truncation(fields), settings.modes, default_tokens)
+    sampling = read_sampling(fields, model, settings, logprobs, read_grammar(fields))
+    chosen = choose(options.mode, read_truncation(fields), settings.modes, special.default_tokens)
     given = {name for name, value in fields.values.items() if value is not None}
-    sampling = _sampling(fields, model, logprobs)
     return Wanted(
         n=n,
-        stream=stream,
-        include_usage=_include_usage(fields, stream),
-        stop=_stop(fields, settings),
-        return_token_ids=fields.flag("return_token_ids") or False,
-        max_tokens=max_tokens,
-        default_tokens=default_tokens if chosen is None else chosen.preset.max_tokens,
+        shown=shown,
+        # Nothing can be computed of a prompt without a token following.
+        max_tokens=1 if shown.only_echo else special.max_tokens,
+        default_tokens=special.default_tokens if chosen is None else chosen.preset.max_tokens,
         seed=None if seed is None else seed % _SEEDS,
         sampling=sampling if chosen is None else chosen.preset.sampling(sampling, given),
         options=options,
+        cache_salt=_cache_salt(fields),
+        truncate=_truncate(fields),
+        add_special_tokens=fields.flag("add_special_tokens"),
         chosen=chosen,
     )
 
 
-def _sampling(fields: Fields, model: ModelInfo, logprobs: int | None) -> SamplingParams:
-    temperature = fields.number("temperature", 0.0, 2.0)
-    top_p = fields.number("top_p", 0.0, 1.0, above=True)
-    # Other servers write "all tokens" as -1.
-    top_k = max(0, fields.integer("top_k", -1, _HUGE) or 0)
-    return SamplingParams(
-        min_tokens=fields.integer("min_tokens", 0, _HUGE) or 0,
-        temperature=1.0 if temperature is None else temperature,
-        top_p=1.0 if top_p is None else top_p,
-        top_k=0 if top_k >= model.vocab_size else top_k,
-        min_p=fields.number("min_p", 0.0, 1.0) or 0.0,
-        logprobs=logprobs,
-        stop_token_ids=_stop_token_ids(fields, model),
-        ignore_eos=fields.flag("ignore_eos") or False,
+def _shown(fields: Fields, settings: ApiSettings, special: _Special) -> Shown:
+    stream = fields.flag("stream") or False
+    include_usage, continuous_usage = _usage_options(fields, stream)
+    prompt_logprobs = fields.integer("prompt_logprobs", 0, settings.max_logprobs)
+    if stream and prompt_logprobs is not None:
+        raise fields.wrong("prompt_logprobs", "absent where stream is true")
+    skips = fields.flag("skip_special_tokens")
+    return Shown(
+        stream=stream,
+        include_usage=include_usage,
+        continuous_usage=continuous_usage,
+        token_ids=fields.flag("return_token_ids") or False,
+        tokens_as_ids=fields.flag("return_tokens_as_token_ids") or False,
+        echo=special.echo,
+        only_echo=special.echo and special.max_tokens == 0,
+        prompt_logprobs=prompt_logprobs,
+        stop=fields.flag("include_stop_str_in_output") or False,
+        special_tokens=skips is False,
     )
 
 
-def _check_neutral(fields: Fields, n: int) -> None:
-    for name in NEUTRAL.keys() & fields.values.keys():
+def _check_neutral(fields: Fields, neutral: dict[str, tuple[Any, ...]]) -> None:
+    for name in neutral.keys() & fields.values.keys():
         value = fields.values[name]
-        if value is None or value in NEUTRAL[name] or (name == "best_of" and value == n):
-            continue
-        raise InvalidRequestError(f"{name} is not supported (it is {shown(value)}); leave it out", name)
+        if value is not None and value not in neutral[name]:
+            raise InvalidRequestError(f"{name} is not supported (it is {shown(value)}); leave it out", name)
 
 
-def _include_usage(fields: Fields, stream: bool) -> bool:
+def _usage_options(fields: Fields, stream: bool) -> tuple[bool, bool]:
     if fields.values.get("stream_options") is None:
-        return False
+        return False, False
     if not stream:
         raise fields.wrong("stream_options", "absent unless stream is true")
     options = fields.child("stream_options")
-    options.only(("include_usage", "include_obfuscation"))
-    return options.flag("include_usage") or False
+    options.only(("include_usage", "continuous_usage_stats", "include_obfuscation"))
+    include = options.flag("include_usage") or False
+    return include, (options.flag("continuous_usage_stats") or False) and include
 
 
-def _stop(fields: Fields, settings: ApiSettings) -> tuple[str, ...]:
-    value = fields.values.get("stop")
-    if value is None:
-        return ()
-    stops = [value] if isinstance(value, str) else value
-    longest = settings.max_stop_chars
-    fits = isinstance(stops, list) and len(stops) <= settings.max_stop_strings
-    if not fits or not all(isinstance(stop, str) and 0 < len(stop) <= longest for stop in stops):
-        many = settings.max_stop_strings
-        raise fields.wrong("stop", f"a string or a list of at most {many}, each of 1 to {longest} characters")
-    return tuple(stops)
+def _cache_salt(fields: Fields) -> str:
+    salt = fields.text("cache_salt")
+    if salt is not None and not 0 < len(salt) <= _MAX_SALT_CHARS:
+        raise fields.wrong("cache_salt", f"a string of 1 to {_MAX_SALT_CHARS} characters")
+    return salt or ""
 
 
-def _stop_token_ids(fields: Fields, model: ModelInfo) -> tuple[int, ...]:
-    ids = fields.items("stop_token_ids") or []
-    if len(ids) > _MAX_STOP_TOKEN_IDS or not all(type(i) is int and 0 <= i < model.vocab_size for i in ids):
-        right = f"at most {_MAX_STOP_TOKEN_IDS} token ids from 0 to {model.vocab_size - 1}"
-        raise fields.wrong("stop_token_ids", right)
-    return tuple(ids)
+def _truncate(fields: Fields) -> int | None:
+    truncate = fields.integer("truncate_prompt_tokens", -1, HUGE)
+    if truncate == 0:
+        raise fields.wrong("truncate_prompt_tokens", "an integer from 1, or -1 for what the context has room for")
+    return None if truncate is None else max(0, truncate)

@@ -1,4 +1,4 @@
-"""Prompts and messages of `/v1`: checked, turned into token ids, and measured against the context."""
+"""Prompts of `/v1`: checked, turned into token ids, and measured against the context."""
 
 from __future__ import annotations
 
@@ -11,19 +11,6 @@ from .context import ApiSettings, TextCodec
 from .fields import Fields, shown
 
 Prompt = str | list[int]
-
-_ROLES = ("system", "developer", "user", "assistant")
-_MESSAGE_FIELDS = frozenset(("role", "content"))
-# With null (or nothing in them) these say nothing; `name` is a label that chat templates do not read.
-_EMPTY_MESSAGE_FIELDS = (
-    "refusal",
-    "audio",
-    "tool_calls",
-    "function_call",
-    "annotations",
-    "reasoning_content",
-)
-_KNOWN_MESSAGE_FIELDS = _MESSAGE_FIELDS | {"name", *_EMPTY_MESSAGE_FIELDS}
 
 # No tokenizer has longer tokens: text of more characters than this times the context cannot fit.
 _MAX_TOKEN_CHARS = 256
@@ -67,49 +54,6 @@ def _check_prompt(prompt: object, fields: Fields, model: ModelInfo) -> None:
         )
 
 
-def read_messages(fields: Fields) -> list[dict[str, str]]:
-    """The messages of a chat, each with a role and one text.
-
-    Raises:
-        InvalidRequestError: none, or one that is not text of a known role.
-    """
-    messages = fields.items("messages")
-    if not messages:
-        raise fields.wrong("messages", "a list of at least one message")
-    return [_message(Fields(item, f"messages[{index}].")) for index, item in enumerate(messages)]
-
-
-def _message(fields: Fields) -> dict[str, str]:
-    fields.only(_KNOWN_MESSAGE_FIELDS)
-    role = fields.text("role")
-    if role not in _ROLES:
-        raise fields.wrong("role", f"one of {', '.join(_ROLES)}; tools are not supported")
-    for name in _EMPTY_MESSAGE_FIELDS:
-        if fields.values.get(name):
-            raise fields.wrong(name, "absent: it is not supported")
-    # "developer" is OpenAI's newer word for "system"; the chat templates of open models know the old one.
-    return {"role": "system" if role == "developer" else role, "content": _content(fields)}
-
-
-def _content(fields: Fields) -> str:
-    content = fields.values.get("content")
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise fields.wrong("content", "a string or a list of text parts")
-    texts: list[str] = []
-    for index, item in enumerate(content):
-        part = Fields(item, f"{fields.prefix}content[{index}].")
-        if part.values.get("type") != "text":
-            raise part.wrong("type", "text; images, audio and files are not supported")
-        part.only(("type", "text"))
-        text = part.text("text")
-        if text is None:
-            raise part.wrong("text", "a string")
-        texts.append(text)
-    return "".join(texts)
-
-
 async def encode_all(
     prompts: list[Prompt], codec: TextCodec | None, model: ModelInfo, special: bool
 ) -> list[list[int]]:
@@ -141,6 +85,19 @@ def _encode(prompt: Prompt, codec: TextCodec | None, model: ModelInfo, special: 
     if not ids:
         raise InvalidRequestError("the prompt has no tokens", "prompt")
     return ids
+
+
+def truncated(prompt: list[int], keep: int | None, wanted: int | None, model: ModelInfo) -> list[int]:
+    """The end of a prompt.
+
+    Args:
+        keep: how many tokens; 0: as many as the context has room for besides `wanted`; None: all.
+        wanted: how many tokens are to be generated at most, if that is said.
+    """
+    if keep is None:
+        return prompt
+    room = keep or max(1, model.max_context_tokens - (wanted or 1))
+    return prompt[-room:]
 
 
 def token_budget(prompt_tokens: int, wanted: int | None, default: int, model: ModelInfo) -> int:
