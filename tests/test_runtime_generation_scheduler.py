@@ -728,6 +728,9 @@ class World:
         for row in rows[sequence.computed :]:
             states.append(state_of(salt, states, sequence.tokens[len(states)]))
             self.cache[row] = states[-1]
+        behind = range(len(rows), len(sequence.blocks) * size)
+        left = [at for at in behind if (sequence.blocks[at // size], at % size) in self.cache]
+        assert not left, "of a former owner nothing is left behind the end"
         return next_token(states)
 
     def note(self, item: StepItem) -> None:
