@@ -12,10 +12,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pimoe.runtime.generation import sampler
+from pimoe.runtime.generation import chunks, sampler
 from pimoe.runtime.requests import SamplingParams, TokenLogprob
-from samplers import state_of
+from samplers import state, state_of
 from torch import Tensor
+from transformers import (
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -306,3 +313,191 @@ def test_logprobs_come_only_where_asked_for_and_for_no_more_than_the_vocabulary(
 
 def test_no_rows_give_no_tokens() -> None:
     assert sample(torch.empty(0, 7), [], []) == ([], [])
+
+
+# The order of things, and transformers as the oracle.
+
+
+def transformers_keeps(logits: Tensor, params: SamplingParams) -> set[int]:
+    """What is left by transformers' processors, in their order."""
+    scores = TemperatureLogitsWarper(params.temperature)(torch.empty(1, 0), logits[None].double())
+    if params.top_k:
+        scores = TopKLogitsWarper(params.top_k)(torch.empty(1, 0), scores)
+    if params.top_p < 1:
+        scores = TopPLogitsWarper(params.top_p)(torch.empty(1, 0), scores)
+    if params.min_p:
+        scores = MinPLogitsWarper(params.min_p)(torch.empty(1, 0), scores)
+    return set(torch.isfinite(scores[0]).nonzero()[:, 0].tolist())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 9999),
+    vocab=st.sampled_from([5, 60, 1500, 4000]),
+    spread=st.sampled_from([0.02, 1.0, 4.0]),
+    temperature=st.floats(0.2, 2.0),
+    top_k=st.sampled_from([0, 1, 7, 64, 65, 1024, 1100, 3999]),
+    top_p=st.sampled_from([1.0, 0.999, 0.9, 0.5, 0.01]),
+    min_p=st.sampled_from([0.0, 0.02, 0.3]),
+)
+def test_what_is_kept_is_what_transformers_keep(
+    seed: int, vocab: int, spread: float, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    logits = logits_of(seed, vocab=vocab)[0] * spread
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    found = set(sampler._probabilities(logits[None], [params])[0].nonzero()[:, 0].tolist())
+    expected = transformers_keeps(logits, params)
+    # In single and in double precision, and summed from either end, a boundary may fall one token further.
+    doubtful = found ^ expected
+    assert len(doubtful) <= (1 if top_p < 1 or min_p else 0) + vocab // 1000
+
+
+def test_the_answer_may_not_end_before_min_tokens_as_with_transformers() -> None:
+    logits = log_of(0.5, 0.3, 0.15, 0.05)
+    oracle = MinNewTokensLengthLogitsProcessor(2, 3, [0, 2])
+    for generated in range(4):
+        params = SamplingParams(temperature=0, min_tokens=3, stop_token_ids=(2,))
+        row = state_of(params, 4, prompt=(1, 1), emitted=(1,) * generated, end_tokens=(0,))
+        tokens, _ = sampler.sample(logits[None], [row], [2 + generated])
+        scores = oracle(torch.zeros(1, 2 + generated, dtype=torch.int64), logits[None])
+        assert tokens == [int(scores.argmax())]
+        assert tokens == [1 if generated < 3 else 0]
+
+
+def test_penalties_come_after_biases_and_before_temperature() -> None:
+    logits = torch.tensor([[1.0, 1.4, 0.0]])
+    biased = state(3, prompt=(0,), logit_bias=((0, 1.0),), repetition_penalty=1.5)
+    assert sampler.sample(logits, [biased], [1])[0] == [1], "(1 + 1) / 1.5 < 1.4"
+    frequent = state(3, emitted=(1, 1), frequency_penalty=0.15, presence_penalty=0.15)
+    assert sampler.sample(logits, [frequent], [1])[0] == [0], "1.4 - 2 * 0.15 - 0.15 < 1"
+    cold = state_of(SamplingParams(temperature=0.001, presence_penalty=0.5), 3, emitted=(1,))
+    assert sampler.sample(logits, [cold], [1])[0] == [0]
+
+
+def test_reported_is_what_the_model_says_before_biases_and_penalties() -> None:
+    logits = torch.tensor([[1.0, 1.4, 0.0]])
+    row = state(3, emitted=(1,), logit_bias=((2, 50.0),), presence_penalty=2.0, logprobs=3)
+    tokens, (report,) = sampler.sample(logits, [row], [1])
+    expected = torch.log_softmax(logits[0], dim=-1).tolist()
+    assert tokens == [2]
+    assert report is not None
+    assert report.rank == 3
+    assert report.logprob == pytest.approx(expected[2])
+    assert [token for token, _ in report.top] == [1, 0, 2]
+
+
+# Alone and among others, bit by bit; whole and resumed.
+
+varied = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 0.0, 0.7, 1.0, 1.5]),
+    top_k=st.sampled_from([0, 0, 1, 5, 200]),
+    top_p=st.sampled_from([1.0, 0.95, 0.5]),
+    min_p=st.sampled_from([0.0, 0.1]),
+    repetition_penalty=st.sampled_from([1.0, 1.2]),
+    presence_penalty=st.sampled_from([0.0, 0.6]),
+    frequency_penalty=st.sampled_from([0.0, -0.4]),
+    logit_bias=st.sampled_from([(), ((1, 3.0), (0, -100.0))]),
+    logprobs=st.sampled_from([None, None, 0, 2, 3]),
+    min_tokens=st.sampled_from([0, 8]),
+    stop_token_ids=st.sampled_from([(), (2,)]),
+    seed=st.integers(0, 2**63 - 1),
+)
+
+
+class Toy:
+    """A model whose logits follow from the last tokens, with a request and its state."""
+
+    def __init__(self, params: SamplingParams, vocab: int, prompt: list[int], emitted: Sequence[int] = ()) -> None:
+        self.vocab, self.tokens = vocab, [*prompt, *emitted]
+        self.state = state_of(params, vocab, prompt=prompt, emitted=emitted, end_tokens=(1,))
+
+    def logits(self) -> Tensor:
+        return logits_of(hash(tuple(self.tokens[-3:])) % 10_000, vocab=self.vocab)
+
+
+def advance(toys: Sequence[Toy]) -> list[TokenLogprob | None]:
+    logits = torch.cat([toy.logits() for toy in toys])
+    tokens, reports = sampler.sample(logits, [toy.state for toy in toys], [len(toy.tokens) for toy in toys])
+    for toy, token in zip(toys, tokens, strict=True):
+        toy.tokens.append(token)
+        toy.state.advance(token)
+    return reports
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.lists(varied, min_size=2, max_size=7),
+    vocab=st.sampled_from([5, 258, 1300]),
+    steps=st.integers(1, 12),
+    chunk=st.sampled_from([1, 3000, 1 << 19]),
+)
+def test_every_row_is_alone_whatever_the_others_ask_for(
+    rows: list[SamplingParams], vocab: int, steps: int, chunk: int
+) -> None:
+    """Tokens and reports, over many steps, however the rows are cut into pieces."""
+    together, alone = ([Toy(params, vocab, [0, 1, row % 3]) for row, params in enumerate(rows)] for _ in range(2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunks, "_CHUNK_ELEMENTS", chunk)
+        reports = [advance(together) for _ in range(steps)]
+    for row, toy in enumerate(alone):
+        assert [advance([toy])[0] for _ in range(steps)] == [step[row] for step in reports]
+        assert toy.tokens == together[row].tokens
+
+
+@settings(max_examples=40, deadline=None)
+@given(params=varied, other=varied, vocab=st.sampled_from([5, 258]), at=st.integers(0, 15))
+def test_a_request_resumed_anywhere_goes_on_as_if_it_had_not_stopped(
+    params: SamplingParams, other: SamplingParams, vocab: int, at: int
+) -> None:
+    whole = Toy(params, vocab, [3, 0, 4])
+    for _ in range(16):
+        advance([whole])
+    resumed, neighbour = Toy(params, vocab, [3, 0, 4], whole.tokens[3 : 3 + at]), Toy(other, vocab, [1])
+    for _ in range(16 - at):
+        advance([neighbour, resumed])
+    assert resumed.tokens == whole.tokens
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("vocab", [3, 17, 258, 513, 5000, 151_936])
+def test_probabilities_have_the_same_bits_alone_and_among_others(vocab: int, threads: int) -> None:
+    logits = logits_of(vocab, rows=8, vocab=vocab)
+    cuts: list[dict[str, Any]] = [
+        {},
+        {"top_p": 0.95},
+        {"top_k": 20},
+        {"top_k": 2000, "top_p": 0.9},
+        {"min_p": 0.05},
+    ]
+    params = [SamplingParams(temperature=0.5 + row / 4, **cuts[row % 5]) for row in range(8)]
+    points = torch.rand(8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        together = sampler._probabilities(logits, params)
+        tokens = sampler._token_at(together, points)
+        torch.set_num_threads(1)
+        for row in range(8):
+            alone = sampler._probabilities(logits[row : row + 1], params[row : row + 1])
+            assert torch.equal(alone[0], together[row])
+            assert sampler._token_at(alone, points[row : row + 1])[0] == tokens[row]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_rows_of_nan_are_harmless_however_many_tokens_they_may_keep() -> None:
+    logits = logits_of(7, rows=3, vocab=5000)
+    logits[1] = math.nan
+    logits[2] = -math.nan
+    params = [SamplingParams(top_k=2000), SamplingParams(top_k=2000), SamplingParams(top_p=0.9999, top_k=4000)]
+    tokens, _ = sample(logits, params, [5, 5, 5])
+    assert tokens[0] == choose(logits[0], params[0], 5)
+    assert all(0 <= token < 5000 for token in tokens)
+
+
+def test_the_first_of_equal_logits_is_taken() -> None:
+    logits = torch.zeros(3, 5000)
+    logits[1, [4999, 37]] = 1.0
+    assert sample(logits, [GREEDY] * 3, range(3))[0] == [0, 37, 0]
+    assert sample(logits, [GREEDY] * 3, range(3), [(0,), (37,), ()])[0] == [1, 4999, 0]

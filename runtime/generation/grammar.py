@@ -125,5 +125,5 @@ def ban_all_but(logits: Tensor, allowed: NDArray[np.bool_]) -> None:
 
 def brief(message: str) -> str:
     """What llguidance says, without its dump of the state, at a length for an error message."""
-    told = message.replace("<non-verbose/>", "").split("\n<state>")[0].strip()
+    told = " ".join(message.replace("<non-verbose/>", "").split("\n<state>")[0].split())
     return told if len(told) <= _MAX_MESSAGE_CHARS else told[:_MAX_MESSAGE_CHARS] + " ..."

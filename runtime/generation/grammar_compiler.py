@@ -11,71 +11,56 @@ process on a stack of the usual 8 MiB.
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import tokenizers
 
-from ..errors import DeadlineExceededError, InvalidRequestError, OverloadedError
+from ..errors import DeadlineExceededError, InvalidRequestError, OverloadedError, RequestCancelledError
 from ..requests import GrammarKind
 from .grammar import GrammarMatcher, brief
+from .grammar_source import GrammarKey, GrammarLimits, check_size, grammar_of, parser_limits, refused
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+    from llguidance import LLMatcher, LLTokenizer
 
 R = TypeVar("R")
 
 _STACK_BYTES = 256 << 20  # of address space; memory only where it is used
 _END = "<|end of grammar|>"
-# Otherwise a small model may write blanks for ever.
-_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
-_NAMES: dict[GrammarKind, str] = {
-    "json_schema": "JSON schema",
-    "json_object": "JSON object",
-    "regex": "regular expression",
-    "choice": "list of choices",
-    "lark": "Lark grammar",
-}
 
 
-@dataclass(frozen=True, slots=True)
-class GrammarLimits:
-    """Bounds of grammars.
-
-    Attributes:
-        max_bytes: of one grammar's text.
-        compile_s: how long compiling one may take.
-        max_compiled: compiled grammars that are kept, the last used ones.
-        max_copies: requests that one compiled grammar serves before it is compiled anew; they share its memory.
-        max_waiting: requests that wait for a grammar at once.
-        max_states: of one compiled grammar's lexer; each takes 1 to 2 kB.
-    """
-
-    max_bytes: int = 64 << 10
-    compile_s: float = 5.0
-    max_compiled: int = 32
-    max_copies: int = 256
-    max_waiting: int = 64
-    max_states: int = 20_000
-
-
-class _Key(NamedTuple):
-    kind: GrammarKind
-    source: str
-
-
-@dataclass(slots=True)
 class _Compiled:
-    matcher: LLMatcher
-    copies: int = 0
+    """The last used grammars, with how often each may still be copied. Any thread may use it."""
+
+    def __init__(self, limits: GrammarLimits) -> None:
+        self._limits, self._lock = limits, threading.Lock()
+        self._matchers: OrderedDict[GrammarKey, tuple[LLMatcher, int]] = OrderedDict()
+
+    def copy(self, key: GrammarKey) -> LLMatcher | None:
+        with self._lock:
+            if key not in self._matchers:
+                return None
+            matcher, copies = self._matchers.pop(key)
+            if copies > 1:
+                self._matchers[key] = matcher, copies - 1
+            return matcher.deep_copy()
+
+    def add(self, key: GrammarKey, matcher: LLMatcher) -> None:
+        with self._lock:
+            self._matchers[key] = matcher, self._limits.max_copies
+            if len(self._matchers) > self._limits.max_compiled:
+                self._matchers.popitem(last=False)
+
+    def drop(self, key: GrammarKey) -> None:
+        with self._lock:
+            self._matchers.pop(key, None)
 
 
 class GrammarCompiler:
@@ -100,11 +85,13 @@ class GrammarCompiler:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="grammars")
         self._tokenizer: LLTokenizer | None = None
         self._refusal: InvalidRequestError | None = None
-        self._compiled: OrderedDict[_Key, _Compiled] = OrderedDict()
+        self._compiled = _Compiled(self.limits)
         self._waiting = 0
+        self._closed = False
 
     def close(self) -> None:
         """Compile no more; what is under way ends by itself."""
+        self._closed = True
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     async def load(self) -> None:
@@ -130,31 +117,25 @@ class GrammarCompiler:
             InvalidRequestError: structured output is not available here, or the grammar is not accepted.
             OverloadedError: too many grammars wait to be compiled.
             DeadlineExceededError.
+            RequestCancelledError: the compiler is closed.
         """
-        key = _Key(kind, source)
-        self._check_size(key)
-        compiled = self._compiled.get(key)
-        if compiled is None:
+        key = GrammarKey(kind, source)
+        check_size(key, self.limits)
+        matcher = self._compiled.copy(key)
+        if matcher is None:
             if self._waiting >= self.limits.max_waiting:
-                raise OverloadedError(
-                    "too many requests wait for their grammars", "grammar", self.limits.compile_s
-                )
+                message = "too many requests wait for their grammars"
+                raise OverloadedError(message, "grammar", self.limits.compile_s)
             self._waiting += 1
             try:
-                compiled = await self._compile_within(key, deadline)
+                matcher = await self._compile_within(key, deadline)
             finally:
                 self._waiting -= 1
-        return self._copy(key, compiled)
+        assert self._tokenizer is not None
+        size = self._tokenizer.vocab_size
+        return GrammarMatcher(matcher, self._vocab_size, size, partial(self._rebuild, key))
 
-    def _check_size(self, key: _Key) -> None:
-        # Characters first: no need to encode a text that is far too long.
-        size, limit = len(key.source), self.limits.max_bytes
-        if size <= limit:
-            size = len(key.source.encode("utf-8", "surrogatepass"))
-        if size > limit:
-            raise _refused(key.kind, f"it has {size} bytes; at most {limit} are allowed")
-
-    async def _compile_within(self, key: _Key, deadline: float) -> _Compiled:
+    async def _compile_within(self, key: GrammarKey, deadline: float) -> LLMatcher:
         clock = asyncio.get_running_loop().time
         started: list[float] = []
         try:
@@ -166,25 +147,13 @@ class GrammarCompiler:
             if clock() >= deadline:
                 raise DeadlineExceededError("the request's time ran out while its grammar was compiled") from None
             if started and time.monotonic() - started[0] >= self.limits.compile_s:
-                raise _refused(key.kind, f"compiling it takes more than {self.limits.compile_s} s") from None
+                raise refused(key.kind, f"compiling it takes more than {self.limits.compile_s} s") from None
             message = "the grammars of other requests are being compiled"
             raise OverloadedError(message, "grammar", self.limits.compile_s) from None
 
-    def _copy(self, key: _Key, compiled: _Compiled) -> GrammarMatcher:
-        compiled.copies += 1
-        self._compiled[key] = compiled
-        self._compiled.move_to_end(key)
-        if compiled.copies >= self.limits.max_copies:
-            del self._compiled[key]
-        elif len(self._compiled) > self.limits.max_compiled:
-            self._compiled.popitem(last=False)
-        assert self._tokenizer is not None
-        size = self._tokenizer.vocab_size
-        return GrammarMatcher(compiled.matcher.deep_copy(), self._vocab_size, size, partial(self._rebuild, key))
-
-    def _rebuild(self, key: _Key) -> LLMatcher | None:
+    def _rebuild(self, key: GrammarKey) -> LLMatcher | None:
         """Compile again; the caller, in the middle of a step, waits. It was quick the first time."""
-        self._compiled.pop(key, None)
+        self._compiled.drop(key)
         try:
             return self._submit(partial(self._compile_new, key)).result(self.limits.compile_s)
         except (InvalidRequestError, RuntimeError, TimeoutError):
@@ -193,6 +162,8 @@ class GrammarCompiler:
     # On the thread.
 
     async def _on_thread(self, work: Callable[[], R]) -> R:
+        if self._closed:
+            raise RequestCancelledError("the server is shutting down")
         return await asyncio.wrap_future(self._submit(work))
 
     def _submit(self, work: Callable[[], R]) -> Future[R]:
@@ -231,18 +202,22 @@ class GrammarCompiler:
             message = f"structured output cannot be had with this model's tokenizer: {brief(str(error))}"
             raise InvalidRequestError(message, "grammar") from error
 
-    def _compile_once(self, key: _Key, started: list[float]) -> _Compiled:
+    def _compile_once(self, key: GrammarKey, started: list[float]) -> LLMatcher:
         started.append(time.monotonic())
         # An equal request may have waited before this one.
-        return self._compiled.get(key) or _Compiled(self._compile_new(key))
+        if (copy := self._compiled.copy(key)) is None:
+            self._compiled.add(key, self._compile_new(key))
+            copy = self._compiled.copy(key)
+            assert copy is not None
+        return copy
 
-    def _compile_new(self, key: _Key) -> LLMatcher:
+    def _compile_new(self, key: GrammarKey) -> LLMatcher:
         from llguidance import LLMatcher
 
         assert self._tokenizer is not None
         try:
-            grammar = _grammar_of(key)
-            matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._parser_limits())
+            grammar = grammar_of(key)
+            matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=parser_limits(self.limits))
             first = matcher.deep_copy()
             # Some show only here that they are too complex. What is not used further may be in any state.
             if not matcher.is_error():
@@ -251,50 +226,5 @@ class GrammarCompiler:
         except ValueError as error:
             why = str(error)
         if why:
-            raise _refused(key.kind, brief(why))
+            raise refused(key.kind, brief(why))
         return matcher
-
-    def _parser_limits(self) -> LLParserLimits:
-        from llguidance import LLParserLimits
-
-        return LLParserLimits(
-            max_lexer_states=self.limits.max_states,
-            initial_lexer_fuel=500_000,
-            step_lexer_fuel=100_000,
-            step_max_items=20_000,
-            max_grammar_size=100_000,
-            verbose_errors=False,
-        )
-
-
-def _grammar_of(key: _Key) -> str:
-    """In llguidance's own notation.
-
-    Raises:
-        ValueError: `source` is not even JSON where it must be.
-    """
-    from llguidance import LLMatcher
-
-    if key.kind == "regex":
-        return LLMatcher.grammar_from_regex(key.source)
-    if key.kind == "lark":
-        return LLMatcher.grammar_from_lark(key.source)
-    if key.kind == "choice":
-        return LLMatcher.grammar_from_lark(_lark_of_choices(key.source))
-    schema = '{"type": "object"}' if key.kind == "json_object" else key.source
-    return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _WHITESPACE})
-
-
-def _lark_of_choices(source: str) -> str:
-    try:
-        choices = json.loads(source)
-    except RecursionError:
-        choices = None
-    if not isinstance(choices, list) or not choices or not all(isinstance(choice, str) for choice in choices):
-        raise ValueError("it must be a JSON list of strings that is not empty")
-    # Lark's strings are those of JSON, but for pairs of surrogates.
-    return "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
-
-
-def _refused(kind: GrammarKind, why: str) -> InvalidRequestError:
-    return InvalidRequestError(f"the {_NAMES.get(kind, kind)} is not accepted: {why}", "grammar")

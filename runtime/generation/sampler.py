@@ -112,20 +112,26 @@ def _logprobs(logits: Tensor, tokens: Sequence[int], states: Sequence[SamplingSt
 
 
 def _draw(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
+    points = [_uniform(p.seed, at) for p, at in zip(params, positions, strict=True)]
+    probabilities = _probabilities(logits, params)
+    tokens: list[int] = _token_at(
+        probabilities, torch.tensor(points, dtype=torch.float64, device=logits.device)
+    ).tolist()
+    return tokens
+
+
+def _probabilities(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """What each row `[rows, vocab]` is drawn from; a row's sum is 1 before truncation and not restored after it."""
     temperatures = torch.tensor([max(p.temperature, _LEAST_TEMPERATURE) for p in params], device=logits.device)
     # The best at 0: however low the temperature, nothing overflows.
     scaled = (logits - logits.amax(dim=-1, keepdim=True)).div_(temperatures[:, None])
     probabilities = torch.softmax(scaled, dim=-1)
     cut = [row for row, p in enumerate(params) if p.top_k > 0 or p.top_p < 1 or p.min_p > 0]
     if len(cut) == len(params):
-        probabilities = _truncate(probabilities, params)
-    elif cut:
+        return _truncate(probabilities, params)
+    if cut:
         probabilities[cut] = _truncate(probabilities[cut], [params[row] for row in cut])
-    points = [_uniform(p.seed, at) for p, at in zip(params, positions, strict=True)]
-    tokens: list[int] = _token_at(
-        probabilities, torch.tensor(points, dtype=torch.float64, device=logits.device)
-    ).tolist()
-    return tokens
+    return probabilities
 
 
 def _uniform(seed: int, position: int) -> float:
