@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from fake_gateway import HIDDEN, MODEL, FakeGateway, served
 from pimoe.clients import (
+    AppliedMode,
     Client,
     ContextLengthError,
     DeadlineExceededError,
@@ -172,3 +173,56 @@ def test_health_and_status(client: Client, gateway: FakeGateway) -> None:
     assert health.detail
     assert client.status()["model"] == MODEL.name
     assert client.models() == [MODEL.name]
+
+
+def test_modes_and_what_they_left_out(client: Client, gateway: FakeGateway) -> None:
+    conversation = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}] * 4 + MESSAGES
+    whole = client.chat(conversation, mode="speed", max_tokens=4)
+    assert whole.mode == AppliedMode("speed", 4, 4, 5)
+    with client.stream(conversation, mode="speed", max_tokens=4) as stream:
+        list(stream)
+    assert stream.generation.mode == whole.mode
+    assert gateway.generated[-1].sampling.top_k == 50
+    assert client.generate("x", mode="ultra").mode == AppliedMode("ultra")
+    assert client.chat(MESSAGES).mode is None
+    kept = client.chat(conversation, mode="speed", truncation="disabled", max_tokens=4).mode
+    assert kept == AppliedMode("speed", 0, 0, 9)
+
+
+def test_sampling_options_reach_the_engine(client: Client, gateway: FakeGateway) -> None:
+    client.generate(
+        "x",
+        presence_penalty=0.5,
+        frequency_penalty=0.25,
+        repetition_penalty=1.5,
+        logit_bias={5: -1.0},
+        stop=("a", "b"),
+        stop_token_ids=[7],
+        min_tokens=1,
+        max_tokens=3,
+        ignore_eos=True,
+        cache_salt="mine",
+        return_token_ids=False,
+    )
+    request = gateway.generated[-1]
+    sampling = request.sampling
+    assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty) == (0.5, 0.25, 1.5)
+    assert (sampling.logit_bias, sampling.stop, sampling.stop_token_ids) == (((5, -1.0),), ("a", "b"), (7,))
+    assert (sampling.min_tokens, sampling.max_tokens, sampling.ignore_eos) == (1, 3, True)
+    assert request.cache_salt == "mine"
+
+
+def test_token_ids_only_where_they_are_wanted(client: Client) -> None:
+    assert client.generate("hi", max_tokens=9).token_ids
+    assert client.generate("hi", max_tokens=9, return_token_ids=False).token_ids == ()
+
+
+def test_tokens_there_and_back(client: Client) -> None:
+    tokens = client.tokenize("hé", add_special_tokens=False, return_token_strs=True)
+    assert bytes(tokens.token_ids) == "hé".encode()
+    assert (tokens.count, tokens.max_model_len) == (3, MODEL.max_context_tokens)
+    assert tokens.token_strs is not None
+    assert len(tokens.token_strs) == 3
+    assert client.detokenize(tokens.token_ids) == "hé"
+    chat = client.tokenize(MESSAGES)
+    assert chat.token_ids == client.chat(MESSAGES, max_tokens=1).prompt_token_ids
