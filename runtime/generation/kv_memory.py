@@ -12,6 +12,11 @@ from .limits import EngineLimits
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
+# Of both versions of control groups: where, the limit, what is used, and what of that only caches files.
+_GROUP_FILES = (
+    ("", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -57,8 +62,15 @@ def _available() -> int | None:
 
 
 def _left_in_group() -> int | None:
-    try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        return None if limit == "max" else max(0, int(limit) - int((_CGROUP / "memory.current").read_text()))
-    except (OSError, ValueError):
-        return None
+    for folder, limit, used, reclaimable in _GROUP_FILES:
+        try:
+            allowed = (_CGROUP / folder / limit).read_text().strip()
+            if allowed == "max":
+                return None
+            # A checkpoint that was just read fills the group with cached files, which make room for whoever asks.
+            stat = dict(line.split() for line in (_CGROUP / folder / "memory.stat").read_text().splitlines())
+            taken = int((_CGROUP / folder / used).read_text()) - int(stat.get(reclaimable, 0))
+            return max(0, int(allowed) - max(0, taken))
+        except (OSError, ValueError):
+            continue
+    return None
