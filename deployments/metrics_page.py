@@ -224,6 +224,8 @@ def _batch_families(routers: Sequence[Replica]) -> Iterator[Metric]:
 
 _ENGINE: tuple[tuple[str, str, str, Callable[..., Any]], ...] = (
     ("running", "pimoe_sequences_running", "Sequences that are generated", _GAUGE),
+    ("preempted", "pimoe_sequences_preempted", "Sequences that gave their KV blocks up and wait", _GAUGE),
+    ("preemptions", "pimoe_preemptions", "Times that a sequence gave its KV blocks up", _COUNTER),
     ("kv_bytes", "pimoe_kv_cache_bytes", "Memory of the KV cache", _GAUGE),
     ("steps", "pimoe_engine_steps", "Steps of all running sequences", _COUNTER),
     ("step_s", "pimoe_engine_step_seconds", "Time spent in steps", _COUNTER),
@@ -232,9 +234,44 @@ _ENGINE: tuple[tuple[str, str, str, Callable[..., Any]], ...] = (
 )
 
 
+_KV_BLOCKS: tuple[tuple[str, str, str, Callable[..., Any]], ...] = (
+    (
+        "prefix_query_tokens",
+        "pimoe_prefix_cache_query_tokens",
+        "Prompt tokens looked up",
+        _COUNTER,
+    ),
+    ("prefix_hit_tokens", "pimoe_prefix_cache_hit_tokens", "Prompt tokens that were there", _COUNTER),
+    ("evictions", "pimoe_kv_block_evictions", "Blocks of known prefixes given away", _COUNTER),
+)
+_MICRO_BATCHES: tuple[tuple[str, str, str, Callable[..., Any]], ...] = (
+    ("single", "pimoe_single_batch_steps", "Steps in one batch", _COUNTER),
+    ("double", "pimoe_micro_batch_steps", "Steps in two micro-batches", _COUNTER),
+    ("probes", "pimoe_micro_batch_probes", "Steps in two to find out what they take", _COUNTER),
+    ("predicted_gain", "pimoe_micro_batch_predicted_gain_ratio", "One batch over two, as expected", _GAUGE),
+    ("measured_gain", "pimoe_micro_batch_measured_gain_ratio", "One batch over two, as measured", _GAUGE),
+)
+
+
 def _engine_families(routers: Sequence[Replica]) -> Iterator[Metric]:
-    engines = [(router["id"], router["statistics"]["engine"]) for router in routers]
-    yield from _scalars(_ENGINE, [([name], engine) for name, engine in engines if engine is not None], ["replica"])
+    all_engines = [([router["id"]], router["statistics"]["engine"]) for router in routers]
+    engines = [(name, engine) for name, engine in all_engines if engine is not None]
+    yield from _scalars(_ENGINE, engines, ["replica"])
+    for part, table in (("kv_blocks", _KV_BLOCKS), ("micro_batches", _MICRO_BATCHES)):
+        yield from _scalars(table, [(name, engine[part]) for name, engine in engines], ["replica"])
+    labels = ["replica"]
+    blocks = GaugeMetricFamily("pimoe_kv_blocks", "Blocks of the KV cache", labels=["kind", *labels])
+    parts = GaugeMetricFamily("pimoe_forward_part_seconds", "Mean time in a forward", labels=["kind", *labels])
+    first = HistogramMetricFamily("pimoe_time_to_first_token_seconds", "Arrival to first token", labels=labels)
+    between = HistogramMetricFamily("pimoe_inter_token_latency_seconds", "Token to token", labels=labels)
+    for name, engine in engines:
+        for state in ("free", "kept", "held"):
+            blocks.add_metric([state, *name], engine["kv_blocks"][state])
+        for part in ("trunk", "expert", "link"):
+            parts.add_metric([part, *name], engine["micro_batches"][f"{part}_s"])
+        _add_histogram(first, name, engine["first_token_s"])
+        _add_histogram(between, name, engine["between_tokens_s"])
+    yield from (blocks, parts, first, between)
 
 
 def _scalars(

@@ -72,7 +72,13 @@ class RouterReplica:
         dispatcher = Dispatcher(placement, [RemoteGroup(pool) for pool in self._pools])
         trunk = self._trunk
         self._router = Router(
-            trunk.info, trunk.gates, dispatcher, trunk.decoder, self._config.limits, self._device
+            trunk.info,
+            trunk.gates,
+            dispatcher,
+            trunk.decoder,
+            self._config.limits,
+            self._device,
+            Path(self._config.folder),
         )
         self._router.start()
         # Its queue bounds what it accepts: a gateway needs no credits.

@@ -133,6 +133,10 @@ def _generation_lines(status: Mapping[str, Any]) -> Iterator[str]:
     if totals.get("steps"):
         tokens = f"{totals['prefill_tokens']:,} prompt tokens, {totals['decode_tokens']:,} generated"
         yield f"generation: {totals['running']:,} sequences, KV cache {_size(totals['kv_bytes'])}; {tokens}"
+        blocks = totals["kv_blocks"]
+        held = f"{blocks['held']:,} held, {blocks['kept']:,} kept, {blocks['free']:,} free"
+        known = blocks["prefix_hit_tokens"] / max(1, blocks["prefix_query_tokens"])
+        yield f"  KV blocks: {held}; {known:.0%} of prompt tokens known; preempted {totals['preemptions']:,} times"
 
 
 def _cache_lines(cache: Mapping[str, Any]) -> Iterator[str]:

@@ -103,7 +103,8 @@ class LocalRuntime:
                     await pool.start()
                 backends = [RemoteGroup(pool) for pool in pools]
             dispatcher = Dispatcher(placement, backends)
-            router = Router(trunk.info, trunk.gates, dispatcher, trunk.decoder, limits or RouterLimits())
+            limits = limits or RouterLimits()
+            router = Router(trunk.info, trunk.gates, dispatcher, trunk.decoder, limits, folder=folder)
             cleanup.push_async_callback(router.close)
             router.start()
             return cls(router, pools, processes, cleanup.pop_all())

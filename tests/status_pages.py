@@ -17,7 +17,9 @@ from pimoe.runtime.batching.latency import LatencyModel
 from pimoe.runtime.batching.queue import PriorityQueue
 from pimoe.runtime.caching import CachedBackend, CacheLimits, PrefetchLimits, ResultCache
 from pimoe.runtime.caching.prefetch import Prefetcher
-from pimoe.runtime.generation.engine import EngineStatistics
+from pimoe.runtime.generation.block_pool import BlockPool
+from pimoe.runtime.generation.engine_statistics import EngineStatistics
+from pimoe.runtime.generation.micro_batches import MicroBatchModel
 from pimoe.runtime.histogram import TOKENS, Histogram
 from pimoe.runtime.requests import ModelInfo
 from pimoe.runtime.routing.dispatch import DispatchStatistics
@@ -61,7 +63,23 @@ def batcher(tensors: dict[str, Any] | None = None, sizes: tuple[int, ...] = (), 
 def engine(generation: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
     """An engine's statistics."""
     empty = PriorityQueue[Any](QueueLimits()).statistics()
-    plain = EngineStatistics(empty, 0, 0, 0, 0, 0, 0.0, LatencyModel().snapshot()).as_plain()
+    times = Histogram().snapshot()
+    plain = EngineStatistics(
+        queue=empty,
+        running=0,
+        preempted=0,
+        kv_bytes=0,
+        kv_blocks=BlockPool(8, 16).statistics(),
+        preemptions=0,
+        steps=0,
+        prefill_tokens=0,
+        decode_tokens=0,
+        step_s=0.0,
+        first_token_s=times,
+        between_tokens_s=times,
+        micro_batches=MicroBatchModel().statistics(),
+        latency=LatencyModel().snapshot(),
+    ).as_plain()
     return {**plain, "queue": generation or queue(), **fields}
 
 

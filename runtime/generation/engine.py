@@ -11,73 +11,39 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
 
 import torch
 
 from ..batching import (
     BatchLimits,
     LatencyModel,
-    OverloadControl,
     PriorityQueue,
     QueueItem,
     QueueLimits,
-    QueueStatistics,
 )
 from ..batching.policy import sort_key
-from ..errors import DeadlineExceededError, PimoeError, RequestCancelledError
+from ..errors import DeadlineExceededError, InvalidRequestError, PimoeError, RequestCancelledError
+from ..histogram import Histogram
 from ..model.decoder import Decoder
 from ..requests import GenerateRequest, TokenChunk, TokenLogprob
 from ..routing.dispatch import Dispatcher
-from .block_pool import BlockPool, BlockStatistics
+from .admission import Admission
+from .block_pool import BlockPool
+from .engine_statistics import EngineStatistics
+from .grammar import GrammarMatcher
+from .grammar_compiler import GrammarCompiler
 from .kv_memory import count_blocks, free_bytes
 from .limits import EngineLimits
-from .micro_batches import MicroBatchStatistics
 from .prompt_scores import note_prompt_logprobs
 from .rules import check_request, finish_reason
 from .sampler import sample
 from .sampling_state import SamplingState
 from .scheduler import Generation, Scheduler, StepItem
 from .step_runner import StepRunner
+from .stream import Stream, TokenTimes
 
 _log = logging.getLogger(__name__)
-
-
-class EngineStatistics(NamedTuple):
-    """The queue, what runs and what was preempted, the KV cache (bytes of the blocks in use, and all about them),
-    and since start: preemptions, steps, tokens prefilled, decoded; seconds of steps. And what was learnt of how
-    long a step takes."""
-
-    queue: QueueStatistics
-    running: int
-    preempted: int
-    kv_bytes: int
-    kv_blocks: BlockStatistics
-    preemptions: int
-    steps: int
-    prefill_tokens: int
-    decode_tokens: int
-    step_s: float
-    micro_batches: MicroBatchStatistics
-    latency: dict[str, Any]
-
-    def as_plain(self) -> dict[str, Any]:
-        """Plain values for the status page."""
-        parts = {name: getattr(self, name)._asdict() for name in ("queue", "kv_blocks", "micro_batches")}
-        return {**self._asdict(), **parts}
-
-
-class _Stream:
-    """Where a request's chunks go; `Engine.generate` reads them. Bounded by the request's `max_tokens`."""
-
-    def __init__(self, request: GenerateRequest, state: SamplingState) -> None:
-        self.request, self.state = request, state
-        self.generation: Generation | None = None
-        self.begun = False
-        self.chunks: asyncio.Queue[TokenChunk | PimoeError] = asyncio.Queue()
-
-    def fail(self, error: PimoeError) -> None:
-        self.chunks.put_nowait(error)
 
 
 class Engine:
@@ -85,6 +51,7 @@ class Engine:
 
     Args:
         clock: monotonic seconds; tests inject theirs.
+        folder: of the checkpoint, whose tokenizer grammars need; None: requests with a grammar are refused.
     """
 
     def __init__(
@@ -95,6 +62,7 @@ class Engine:
         batch_limits: BatchLimits,
         queue_limits: QueueLimits,
         clock: Callable[[], float] = time.monotonic,
+        folder: Path | None = None,
     ) -> None:
         self.decoder, self.dispatcher, self.limits, self.batch_limits = decoder, dispatcher, limits, batch_limits
         longest = min(
@@ -102,25 +70,26 @@ class Engine:
         )
         blocks = count_blocks(limits, decoder.kv_layout, longest, decoder.dtype, free_bytes(decoder.device))
         self.max_context_tokens = min(longest, blocks * limits.block_tokens)
-        self.queue: PriorityQueue[_Stream] = PriorityQueue(queue_limits)
+        self.queue: PriorityQueue[Stream] = PriorityQueue(queue_limits)
         self.latency = LatencyModel(limits.max_step_tokens)
-        self._overload = OverloadControl(self.queue, lambda item: 1)
-        self._held_s = 0.0  # how long sequences lately ran, smoothed
         self.cache = decoder.new_cache(blocks, limits.block_tokens)
         self.scheduler = Scheduler(BlockPool(blocks, limits.block_tokens, limits.reuse_prefixes), limits)
+        self._admission = Admission(self.queue, self.scheduler, self.latency, limits.max_sequences)
         self.runner = StepRunner(decoder, self.cache, dispatcher, self.latency, limits.micro_batches, clock)
         # A config may name end tokens that its vocabulary lacks.
         vocab = decoder.spec.vocab_size
         self._end_tokens = tuple(token for token in decoder.spec.eos_token_ids if token < vocab)
+        self._grammars = None if folder is None else GrammarCompiler(folder, vocab, self._end_tokens)
         self._clock = clock
         self._closing = False
-        self._streams: dict[Generation, _Stream] = {}
+        self._streams: dict[Generation, Stream] = {}
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
         self._loop_task: asyncio.Task[None] | None = None
         self._steps = self._prefill_tokens = self._decode_tokens = 0
         self._step_s = 0.0
+        self._times = TokenTimes(Histogram(), Histogram())
 
     def start(self) -> None:
         """Begin to run steps."""
@@ -143,6 +112,8 @@ class Engine:
             await asyncio.gather(self._loop_task, return_exceptions=True)
         self._fail(list(self._streams), RequestCancelledError("the server is shutting down"))
         self._remove_finished()
+        if self._grammars is not None:
+            self._grammars.close()
 
     def statistics(self) -> EngineStatistics:
         """See `EngineStatistics`."""
@@ -158,6 +129,8 @@ class Engine:
             self._prefill_tokens,
             self._decode_tokens,
             self._step_s,
+            self._times.first.snapshot(),
+            self._times.between.snapshot(),
             self.runner.micro_batches.statistics(),
             self.latency.snapshot(),
         )
@@ -172,6 +145,7 @@ class Engine:
             DeadlineExceededError: its time ran out.
             RequestCancelledError: the engine is closing.
         """
+        arrived = self._clock()
         check_request(request, self.decoder.spec.vocab_size, self.max_context_tokens)
         if self._closing:
             raise RequestCancelledError("the server is shutting down")
@@ -180,15 +154,24 @@ class Engine:
             if reason is not None:
                 yield TokenChunk((), reason)  # only the end had been lost
                 return
-        stream = _Stream(request, SamplingState(request, self.decoder.spec.vocab_size, self._end_tokens))
-        item = self._new_item(stream)
-        if self._is_hopeless(item):
+        grammar = await self._grammar_of(request)
+        state = SamplingState(request, self.decoder.spec.vocab_size, self._end_tokens, grammar)
+        if state.finished_by_grammar:
+            yield TokenChunk((), "stop")
+            return
+        stream = Stream(request, state, self._times, arrived)
+        item = self._new_item(stream, arrived)
+        if self._closing:
+            raise RequestCancelledError("the server is shutting down")
+        if self._admission.is_hopeless(item):
             raise self.queue.refusal(item, "more waits before this request than can be done in its time")
         self.queue.push(item)
         self._wake.set()
         # One timer for the whole request: one for each token costs a tenth of a large decode step. It is for steps
         # that hang; `step` looks at the deadlines itself.
-        timer = asyncio.get_running_loop().call_later(max(0.0, request.timeout_s), self._expire, stream)
+        timer = asyncio.get_running_loop().call_later(
+            max(0.0, item.deadline - self._clock()), self._expire, stream
+        )
         try:
             while True:
                 chunk = await stream.chunks.get()
@@ -202,9 +185,17 @@ class Engine:
             self.queue.cancel(item)
             self._abandon(stream)
 
-    def _new_item(self, stream: _Stream) -> QueueItem[_Stream]:
+    async def _grammar_of(self, request: GenerateRequest) -> GrammarMatcher | None:
+        sampling = request.sampling
+        if not sampling.grammar_kind:
+            return None
+        if self._grammars is None:
+            raise InvalidRequestError("structured output needs the checkpoint's tokenizer", "grammar")
+        deadline = asyncio.get_running_loop().time() + request.timeout_s
+        return await self._grammars.compile(sampling.grammar_kind, sampling.grammar, deadline)
+
+    def _new_item(self, stream: Stream, now: float) -> QueueItem[Stream]:
         request = stream.request
-        now = self._clock()
         deadline = now + request.timeout_s
         tokens = len(request.prompt_token_ids) + len(request.emitted)
         prefill_s = self.latency.predict_s(tokens)
@@ -220,19 +211,11 @@ class Engine:
             fail=stream.fail,
         )
 
-    def _is_hopeless(self, item: QueueItem[_Stream]) -> bool:
-        """Whether those that are served before an item surely hold all places for longer than it has: better told
-        at once than after all its time."""
-        if self.scheduler.has_seat(item.rank) or item.value.request.emitted:
-            return False
-        rounds_ahead = self.queue.items_above(item.rank - 1) // self.limits.max_sequences
-        return rounds_ahead * self._held_s > item.deadline - item.arrival
-
-    def _expire(self, stream: _Stream) -> None:
+    def _expire(self, stream: Stream) -> None:
         stream.fail(DeadlineExceededError("the request's time ran out"))
         self._abandon(stream)
 
-    def _abandon(self, stream: _Stream) -> None:
+    def _abandon(self, stream: Stream) -> None:
         generation = stream.generation
         if generation is None or generation.finished:
             return
@@ -255,7 +238,9 @@ class Engine:
         late = [generation for generation in self._streams if generation.deadline <= started]
         self._fail(late, DeadlineExceededError("the request's time ran out"))
         self._remove_finished()
-        self._admit(started)
+        for stream in self._admission.admit(started):
+            assert stream.generation is not None
+            self._streams[stream.generation] = stream
         items = self.scheduler.plan()
         if not items:
             await asyncio.sleep(0)
@@ -275,53 +260,6 @@ class Engine:
         self._steps += 1
         self._step_s += self._clock() - started
         await asyncio.sleep(0)  # let chunks out and requests in, also when no expert had to be waited for
-
-    def _admit(self, now: float) -> None:
-        """Who was preempted goes on before anybody of its class or of a lower one begins, and before those of
-        higher classes that came so much later that they would be served later, too."""
-        self.queue.expire(now)
-        entrants = self._next_in_queue(now)
-        while True:
-            back, item = self.scheduler.first_preempted(), entrants[0] if entrants else None
-            if back is not None and (item is None or back.rank >= item.rank or back.key <= item.key):
-                if not self.scheduler.admit(back):
-                    return
-            elif item is None or not self._begin(item, now):
-                return
-            else:
-                entrants.pop(0)
-
-    def _next_in_queue(self, now: float) -> list[QueueItem[_Stream]]:
-        """Who would be admitted from the queue, in order."""
-        head = self.queue.head()
-        if head is None or not self.scheduler.has_seat(head.rank):
-            return []  # nobody is given up for a place that the first cannot take
-        room = max(1, self.limits.max_sequences - len(self.scheduler.running))
-        first, left = self.queue.peek(room)
-        backlog_s = len(self.queue) / self.limits.max_sequences * self._held_s
-        return self._overload.compose(first, left, room, now, self._held_s, backlog_s)
-
-    def _begin(self, item: QueueItem[_Stream], now: float) -> bool:
-        """Whether the next one may be looked at: this one runs, or is given up."""
-        if self.scheduler.running and now + self.latency.least_s(item.tokens) > item.deadline:
-            self.queue.drop_late([item])  # not even its first token would be in time
-            return True
-        stream, request = item.value, item.value.request
-        generation = Generation(
-            request=request,
-            rank=item.rank,
-            key=item.key,
-            number=item.number,
-            deadline=item.deadline,
-            tokens=[*request.prompt_token_ids, *request.emitted],
-            admitted=now,
-        )
-        if not self.scheduler.admit(generation):
-            return False
-        self.queue.take([item], now)
-        stream.generation = generation
-        self._streams[generation] = stream
-        return True
 
     async def _compute(self, items: Sequence[StepItem]) -> torch.Tensor:
         self.cache.clear(self.scheduler.take_fresh())
@@ -346,10 +284,11 @@ class Engine:
             states = [self._streams[generation].state for generation in generations]
             tokens, logprobs = sample(last, states, [len(generation.tokens) for generation in generations])
         self.scheduler.advance(items)
+        now = self._clock()
         for generation, token, logprob in zip(generations, tokens, logprobs, strict=True):
-            self._append(generation, token, logprob)
+            self._append(generation, token, logprob, now)
 
-    def _append(self, generation: Generation, token: int, logprob: TokenLogprob | None) -> None:
+    def _append(self, generation: Generation, token: int, logprob: TokenLogprob | None, now: float) -> None:
         if generation.finished:
             return  # its reader left during the step
         stream = self._streams[generation]
@@ -362,9 +301,7 @@ class Engine:
         if stream.state.finished_by_grammar:
             reason = "stop"
         generation.finished = reason is not None
-        first = {} if stream.begun else _first_of(generation)
-        stream.begun = True
-        stream.chunks.put_nowait(TokenChunk((token,), reason, None if logprob is None else (logprob,), **first))
+        stream.put(token, reason, logprob, now)
 
     def _fail(self, generations: Sequence[Generation], error: PimoeError) -> None:
         for generation in generations:
@@ -375,14 +312,5 @@ class Engine:
     def _remove_finished(self) -> None:
         for generation in [g for g in self._streams if g.finished]:
             self.scheduler.remove(generation)
-            held_s = self._clock() - generation.admitted
-            self._held_s += (held_s - self._held_s) * (0.1 if self._held_s else 1.0)
+            self._admission.note_end(self._clock() - generation.admitted)
             del self._streams[generation]
-
-
-def _first_of(generation: Generation) -> dict[str, Any]:
-    """What only the first chunk tells."""
-    told: dict[str, Any] = {"cached_tokens": generation.cached_tokens or 0}
-    if generation.request.sampling.prompt_logprobs is not None:
-        told["prompt_logprobs"] = tuple(generation.prompt_logprobs)
-    return told

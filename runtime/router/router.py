@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class Router:
     Args:
         gates: routing strategy of every MoE layer.
         decoder: the trunk; None for a layer model.
+        folder: of the checkpoint, for its tokenizer; see `Engine`.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Router:
         decoder: Decoder | None,
         limits: RouterLimits,
         device: str = "cpu",
+        folder: Path | None = None,
     ) -> None:
         self._model = model
         self.gates = gates
@@ -55,7 +58,7 @@ class Router:
         self.engine: Engine | None = None
         self._layer_s = 0.0
         if decoder is not None:
-            self.engine = Engine(decoder, dispatcher, limits.engine, limits.batching, limits.queue)
+            self.engine = Engine(decoder, dispatcher, limits.engine, limits.batching, limits.queue, folder=folder)
 
     def start(self) -> None:
         """Begin to serve, on the running event loop."""
