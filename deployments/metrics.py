@@ -16,6 +16,8 @@ def _route(path: str) -> str:
     known = (
         "/v1/completions",
         "/v1/chat/completions",
+        "/tokenize",
+        "/detokenize",
         "/v1/models",
         "/admin/status",
         "/admin/cache/flush",

@@ -11,9 +11,10 @@ import msgpack
 import numpy as np
 import orjson
 import pytest
-from fake_gateway import HIDDEN, FakeGateway, Reply, ask, doubled, echo
+from fake_gateway import HIDDEN, ByteCodec, FakeGateway, Reply, ask, doubled, echo
 from fake_second_level import FakeSecondLevel
 from pimoe.runtime.caching import BypassReason, CachedBackend, CacheLimits, RedisLevel, RedisLimits, ResultCache
+from pimoe.runtime.generation.stopping import StoppingBackend
 from pimoe.runtime.requests import (
     GenerateAnswer,
     GenerateRequest,
@@ -60,7 +61,8 @@ class CachedGateway(FakeGateway):
         super().__init__()
         cache: Any = ResultCache(CacheLimits())
         seconds = iter(range(1_000, 100_000, 7))
-        self.cached = CachedBackend(backend, cache, second, wall_clock=lambda: next(seconds))
+        stopping = StoppingBackend(backend, ByteCodec())
+        self.cached = CachedBackend(stopping, cache, second, wall_clock=lambda: next(seconds))
 
     async def infer(self, request: InferRequest, bypass: BypassReason | None) -> InferAnswer:
         return await self.cached.infer(request, bypass)
@@ -121,7 +123,7 @@ FORMATS: dict[str, tuple[str, bytes, dict[str, str]]] = {
 }
 
 
-@pytest.fixture(params=[name for name in FORMATS if "stop" not in name])
+@pytest.fixture(params=list(FORMATS))
 def call(request: pytest.FixtureRequest) -> tuple[str, bytes, dict[str, str]]:
     return FORMATS[request.param]
 
@@ -187,9 +189,7 @@ async def test_from_a_real_server(redis_server: RedisServer, key: str) -> None:
     backend, _ = opened()
     levels = [RedisLevel(limits) for _ in range(2)]
     one, another = (CachedGateway(backend, level) for level in levels)
-    for name, call in FORMATS.items():
-        if "stop" in name:
-            continue
+    for call in FORMATS.values():
         one.cached.flush()
         another.cached.flush()
         await levels[0].flush()
@@ -200,14 +200,32 @@ async def test_from_a_real_server(redis_server: RedisServer, key: str) -> None:
         await level.close()
 
 
-async def test_what_a_stop_string_cuts_is_computed_again_to_the_same_bytes() -> None:
-    """The text ends before the tokens do, so that there is nothing whole to store."""
+async def test_what_a_stop_string_cuts_is_stored_up_to_there() -> None:
+    """And no further: below the cache the generation ends with the token that completes the stop string."""
     _, gateway = opened()
     replies = [await send(gateway, FORMATS["completion stop"]) for _ in range(2)]
-    assert [reply.headers["x-pimoe-cache"] for reply in replies] == ["miss", "miss"]
-    bodies = [orjson.loads(reply.body) for reply in replies]
-    assert bodies[0]["choices"] == bodies[1]["choices"]
-    assert bodies[0]["choices"][0]["text"] == "hé"
+    assert_same(*replies, "hit")
+    choice = orjson.loads(replies[1].body)["choices"][0]
+    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("hé", "stop", "llo")
+    assert choice["token_ids"] == list("héllo".encode())
+
+
+async def test_other_stop_strings_are_another_question() -> None:
+    _, gateway = opened()
+    outcomes = [
+        (await send(gateway, completion(stop=stop))).headers["x-pimoe-cache"]
+        for stop in (["llo"], None, ["llo", "x"], ["x", "llo"], "llo")
+    ]
+    assert outcomes == ["miss", "miss", "miss", "hit", "hit"]
+
+
+async def test_how_a_stop_is_shown_is_no_other_question() -> None:
+    _, gateway = opened()
+    replies = [
+        await send(gateway, completion(stop="llo", include_stop_str_in_output=shown)) for shown in (False, True)
+    ]
+    assert [reply.headers["x-pimoe-cache"] for reply in replies] == ["miss", "hit"]
+    assert [orjson.loads(reply.body)["choices"][0]["text"] for reply in replies] == ["hé", "héllo"]
 
 
 async def test_whole_and_streamed_share_one_entry() -> None:

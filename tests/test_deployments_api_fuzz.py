@@ -71,7 +71,8 @@ def check(path: str, reply: Reply) -> None:
     if reply.status == 200:
         return
     body = orjson.loads(reply.body)
-    code = body["error"]["code"] if path.startswith("/v1") else body["code"]
+    openai = path.startswith("/v1") or path.endswith("tokenize")
+    code = body["error"]["code"] if openai else body["code"]
     assert TABLE[code].status == reply.status
 
 

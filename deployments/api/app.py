@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from ...runtime.errors import PimoeError
-from . import admin, errors, inference, openai
+from . import admin, errors, inference, openai, openai_tokenize
 from .call import Endpoint, Handler, is_openai, request_id_of
 from .context import GatewayContext
 from .errors import NotFoundError
@@ -22,6 +22,8 @@ POST_ROUTES: tuple[tuple[str, Handler], ...] = (
     ("/v1/chat/completions", openai.chat_completions),
     ("/v2/models/{name:path}/infer_many", inference.infer_many),
     ("/admin/cache/flush", admin.flush_cache),
+    ("/tokenize", openai_tokenize.tokenize),
+    ("/detokenize", openai_tokenize.detokenize),
 )
 GET_ROUTES: tuple[tuple[str, Handler], ...] = (
     ("/health", admin.health),

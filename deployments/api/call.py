@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_REQUEST_ID_CHARS = 128
 _JSON = b"application/json"
+_OPENAI_PATHS = frozenset(("/v1", "/tokenize", "/detokenize"))
 # A client that does not read cannot be told of an error; do not wait for it longer than this.
 _LAST_WORDS_S = 1.0
 
@@ -40,9 +41,9 @@ def request_id_of(headers: dict[bytes, bytes]) -> str:
 
 
 def is_openai(scope: Scope) -> bool:
-    """Whether the path lies under `/v1`, whose errors have OpenAI's shape."""
+    """Whether errors of the path have OpenAI's shape: under `/v1`, and where vLLM has routes beside it."""
     path: str = scope["path"].removeprefix(scope.get("root_path", ""))
-    return path.startswith("/v1/") or path == "/v1"
+    return path.startswith("/v1/") or path in _OPENAI_PATHS
 
 
 class Call:

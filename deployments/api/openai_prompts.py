@@ -15,7 +15,7 @@ Prompt = str | list[int]
 # No tokenizer has longer tokens: text of more characters than this times the context cannot fit.
 _MAX_TOKEN_CHARS = 256
 # Above this, encoding would hold the event loop for milliseconds.
-_THREAD_FROM_CHARS = 16_384
+THREAD_FROM_CHARS = 16_384
 
 
 def read_prompts(fields: Fields, model: ModelInfo, settings: ApiSettings) -> list[Prompt]:
@@ -68,7 +68,7 @@ async def encode_all(
         return [_encode(prompt, codec, model, special) for prompt in prompts]
 
     chars = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
-    return await asyncio.to_thread(encode) if chars >= _THREAD_FROM_CHARS else encode()
+    return await asyncio.to_thread(encode) if chars >= THREAD_FROM_CHARS else encode()
 
 
 def _encode(prompt: Prompt, codec: TextCodec | None, model: ModelInfo, special: bool) -> list[int]:

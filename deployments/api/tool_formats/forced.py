@@ -1,6 +1,7 @@
 """Grammars that leave a model nothing but to call: in Lark's notation, as llguidance has it.
 
-A mark that is a special token is written by its id, `<[5]>`, any other by its text; JSON schemas are inline.
+A mark that is a token of its own is written by its id, `<[5]>`, any other by its text; JSON schemas are inline. JSON
+is spaced as chat templates write it, and in no other way: a small model might write blanks for ever.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import orjson
 # A mark as a term of the grammar.
 Marks: TypeAlias = Callable[[str], str]
 
+_SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 
 
@@ -43,7 +45,7 @@ def quoted(text: str) -> str:
 
 def inline(schema: Mapping[str, Any]) -> str:
     """A JSON schema as a term."""
-    return "%json " + orjson.dumps(schema).decode()
+    return "%json " + orjson.dumps({**schema, "x-guidance": _SPACING}).decode()
 
 
 def repeated(one: str, between: str, parallel: bool) -> str:
