@@ -6,8 +6,8 @@
 (MegaScale-Infer, arXiv 2504.02263, has the idea of ping-pong between attention and experts.) Smaller batches
 compute less well, so it pays only where a good part of a step is waiting. Each of the three times is a line over
 tokens, learnt from the steps as they run. What lines cannot know of sizes that never ran is found out by a probe
-now and then, where lines without fixed costs say that it might pay; what they get wrong (cores that are shared, a
-noisy machine) is corrected by what two micro-batches really took.
+now and then, a step run the other way, where lines without fixed costs say that it might pay; what they get wrong
+(cores that are shared, a noisy machine) is corrected by what two micro-batches really took.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Literal, NamedTuple
 
 MicroBatching = Literal["auto", "always", "never"]
 
-_FORGETTING = 0.98  # the last fifty steps count
+_FORGETTING = 0.99  # the last hundred forwards count
 _LEAST_GAIN = 1.05
-_PROBE_EVERY = 64
+_PROBE_EVERY = 32
 _SMOOTHING = 0.1
 _TINY = 1e-9
 
@@ -73,8 +73,8 @@ class ForwardTimes:
 
 
 class MicroBatchStatistics(NamedTuple):
-    """Steps in one batch and in two, of the latter those to probe; mean seconds of trunk, experts and link in the
-    latest forwards; how many times as fast two were expected to be at the last decision, and were, against the
+    """Steps in one batch and in two, and of both those run to probe; mean seconds of trunk, experts and link in
+    the latest forwards; how many times as fast two were expected to be at the last decision, and were, against the
     model of one."""
 
     single: int
@@ -113,13 +113,12 @@ class MicroBatchModel:
         self._since_probe += 1
         one = self._one_s(tokens)
         self._predicted_gain = one / max(_TINY, self._two_s(tokens) * self._correction)
-        if self._predicted_gain >= _LEAST_GAIN:
-            return True
-        if self._since_probe >= _PROBE_EVERY and one >= _LEAST_GAIN * self._least_two_s(tokens):
-            self._since_probe = 0
-            self._probes += 1
-            return True
-        return False
+        pays = self._predicted_gain >= _LEAST_GAIN
+        if self._since_probe < _PROBE_EVERY or not (pays or one >= _LEAST_GAIN * self._least_two_s(tokens)):
+            return pays
+        self._since_probe = 0
+        self._probes += 1
+        return not pays
 
     def observe_one(self, times: ForwardTimes) -> None:
         """Learn from a step that ran as one batch."""
