@@ -280,7 +280,9 @@ class Engine:
                     note_prompt_logprobs(item, item_logits)
             sampling = [index for index, item in enumerate(items) if item.samples]
             generations = [items[index].generation for index in sampling]
-            last = logits if len(sampling) == len(logits) else torch.cat([rows[index][-1:] for index in sampling])
+            # The empty rows are for a step of which nothing but logprobs of prompts is wanted.
+            chosen = [rows[index][-1:] for index in sampling]
+            last = logits if len(sampling) == len(logits) else torch.cat([logits[:0], *chosen])
             states = [self._streams[generation].state for generation in generations]
             tokens, logprobs = sample(last, states, [len(generation.tokens) for generation in generations])
         self.scheduler.advance(items)
