@@ -67,7 +67,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "deepseek_v2",
         {"topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 2, "num_experts_per_tok": 3},
     ),
-    "deepseek v2 without dense layers": ("deepseek_v2", {"first_k_dense_replace": 0, "n_shared_experts": 1}),
+    "deepseek v2 without dense layers": ("deepseek_v2", {"first_k_dense_replace": 0, "rms_norm_eps": 0.03}),
     "deepseek v2 yarn": (
         "deepseek_v2",
         {"rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}, "attention_bias": True},

@@ -1,10 +1,19 @@
 """Model families: how the `config.json` of each becomes a spec.
 
-To add one: write a module here with `read(source: FamilyInput) -> DecoderSpec` that names the tensors of the
-experts and sets what differs from its siblings (`common_fields` reads the rest), add it to `FAMILIES` under
-its `model_type`, and add the family to `tests/checkpoints.py`, which puts it through every parity test against
-transformers. A numeric feature that the trunk lacks is first built in `attention` or `decoder` behind a field
-of `DecoderSpec`; until then the family must refuse it with a ConfigurationError.
+To add one:
+
+1. Write a module here with `read(source: FamilyInput) -> DecoderSpec`: `common_fields` reads what all share; name
+   the experts' tensors in an `ExpertSpec` (one set per expert, or stacked), and set what differs from the
+   siblings: the gate (`GateSpec`), norms, biases, windows, sinks, latent attention, shared and dense layers. What
+   a config may say and would change numbers, and is not read, must be refused (`ConfigFields.refuse`).
+2. Add it to `FAMILIES` under its `model_type`.
+3. Add it to `tests/checkpoints.py`, which puts it through every parity test against transformers, and each switch
+   of its config to `VARIANTS` in `tests/test_runtime_model_decoder.py`.
+
+Nothing outside this folder knows a family's name. A numeric feature that the trunk lacks is first built behind a
+field of the spec: attention in `attention` or a sibling of it (as `latent_attention` is), gates in
+`runtime/routing`, kinds of experts in `runtime/experts/layers`; until then the family must refuse it with a
+ConfigurationError.
 """
 
 from __future__ import annotations
