@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -16,8 +17,11 @@ from pimoe.deployments.api import wire
 from pimoe.deployments.api.assembly import Assembler, Piece, TextRules, pieces
 from pimoe.runtime.errors import InvalidTensorError
 from pimoe.runtime.generation.stopping import first_stop
+from pimoe.runtime.model.tokenizer import Tokenizer
 from pimoe.runtime.numerics import all_finite
 from pimoe.runtime.requests import TensorData, TokenChunk
+from tokenizers import AddedToken, decoders, models
+from tokenizers import Tokenizer as Backend
 
 
 def assemble(ids: list[int], sizes: list[int], rules: TextRules, reason: Any = "length") -> list[Piece]:
@@ -132,6 +136,75 @@ def test_the_last_chunk_may_be_empty() -> None:
     assert assembler.push(TokenChunk((69, 78))).text == ""
     piece = assembler.push(TokenChunk((), "length"))
     assert (piece.text, piece.finish_reason) == ("EN", "length")
+
+
+# Spaces at the beginning, and special tokens
+
+
+def spaced(folder: Path) -> Tokenizer:
+    """As Llama's and Mixtral's: words carry the space in front of them, and decoding strips the first."""
+    words = ["\u2581", "\u2581a", "a", "\u2581\u2581", "b"]
+    vocabulary = {"<unk>": 0, "</s>": 1, "[CALL]": 2, **{word: 3 + index for index, word in enumerate(words)}}
+    backend = Backend(
+        models.BPE(vocab=vocabulary, merges=[("\u2581", "a"), ("\u2581", "\u2581")], unk_token="<unk>")
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens([AddedToken(token, special=True) for token in ("<unk>", "</s>", "[CALL]")])
+    backend.save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer is not None
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def spaced_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return spaced(tmp_path_factory.mktemp("spaced"))
+
+
+IDS = {"\u2581": 3, "\u2581a": 4, "a": 5, "\u2581\u2581": 6, "b": 7, "[CALL]": 2}
+
+
+@settings(deadline=None)
+@given(
+    words=st.lists(st.sampled_from(sorted(IDS)), min_size=1, max_size=8),
+    size=st.integers(1, 4),
+    stop=st.sampled_from([(), ("zz",), ("a  a",)]),
+)
+def test_a_text_begins_anew_or_goes_on(
+    words: list[str], size: int, stop: tuple[str, ...], spaced_tokenizer: Tokenizer
+) -> None:
+    tokenizer = spaced_tokenizer
+    ids = [IDS[word] for word in words]
+    chunks = [TokenChunk(tuple(ids[at : at + size])) for at in range(0, len(ids), size)]
+    for anew in (True, False):
+        assembler = Assembler(tokenizer, TextRules(anew=anew, stop=stop), (5,))
+        made = [assembler.push(chunk) for chunk in [*chunks, TokenChunk((), "length")]]
+        going_on = "".join(word for word in words if word != "[CALL]").replace("\u2581", " ")
+        at = going_on.find(stop[0]) if stop else -1
+        expected = going_on if at < 0 else going_on[:at]
+        if anew and expected.startswith(" "):
+            expected = expected[1:]
+            assert at >= 0 or expected == tokenizer.decode(ids)
+        assert "".join(piece.text for piece in until_finished(made)) == expected
+
+
+def until_finished(found: list[Piece]) -> list[Piece]:
+    last = next(at for at, piece in enumerate(found) if piece.finish_reason is not None)
+    return found[: last + 1]
+
+
+def test_visible_special_tokens_stand_where_they_came(tmp_path: Path) -> None:
+    tokenizer = spaced(tmp_path)
+    rules = TextRules(anew=True, visible=frozenset((2,)), stop=("a a",))
+    for size in (1, 2, 5, 9):
+        ids = [2, 4, 2, 5, 2, 4, 2, 7]  # " a" "a" " a" and "b", the mark before each
+        assembler = Assembler(tokenizer, rules, (5,))
+        made = until_finished([assembler.push(TokenChunk(tuple(ids[at : at + size]))) for at in range(0, 8, size)])
+        assert "".join(piece.text for piece in made) == "[CALL]a[CALL]"
+        assert made[-1].stop_reason == "a a"
+        assert [token for piece in made for token in piece.token_ids] == ids[:6]
 
 
 # Tensors on the wire

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
+import llguidance
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pimoe.deployments.api.openai_tools import Tools
 from pimoe.deployments.api.tool_formats import FORMATS, Parser, Part, ToolSet, format_of
+from pimoe.runtime.model.tokenizer import Tokenizer
+from scripted_chat import END, make_tokenizer
 
 TOOLS = ToolSet(
     {
@@ -261,3 +266,78 @@ def test_ids_are_what_templates_accept() -> None:
     seed = "0123456789abcdef" * 2
     assert BY_NAME["mistral"].call_id(seed) == "012345678"
     assert BY_NAME["hermes"].call_id(seed) == "call_" + seed[:24]
+
+
+# Forced calls, as llguidance reads their grammars
+
+FORCED = ToolSet(TOOLS.parameters, ("weather", "now"))
+ANSWERS = {
+    "hermes": '<tool_call>\n{"name": "weather", "arguments": {"city": "P"}}\n</tool_call>',
+    "mistral": '[TOOL_CALLS][{"name": "weather", "arguments": {"city": "P"}}]',
+    "llama": '{"name": "weather", "parameters": {"city": "P"}}',
+    "deepseek": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>"
+    '{"city": "P"}<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+    "harmony": '<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{"city": "P"}',
+    "mistral by name": '[TOOL_CALLS]weather[ARGS]{"city": "P"}',
+    "deepseek v3": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"
+    '{"city": "P"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+}
+TEMPLATE_OF = {"mistral by name": "[TOOL_CALLS][ARGS]", "deepseek v3": "<｜tool▁call▁begin｜>```json"}
+
+
+class Grammar:
+    """The grammar of a format's forced calls, for a tokenizer that has its marks as tokens, special or not."""
+
+    def __init__(self, folder: Path, name: str, tools: ToolSet) -> None:
+        format = BY_NAME[name.split()[0]]
+        self.tokenizer = make_tokenizer(folder, None)
+        grammar = Tools(known=tools, format=format).grammar(
+            WithTemplate(self.tokenizer, TEMPLATE_OF.get(name, ""))
+        )
+        assert grammar is not None
+        end = self.tokenizer.added_token_id(END)
+        tokens = llguidance.LLTokenizer((folder / "tokenizer.json").read_text(), eos_token=end)
+        self._matcher = llguidance.LLMatcher(tokens, llguidance.LLMatcher.grammar_from_lark(grammar), log_level=0)
+        assert not self._matcher.get_error()
+
+    def accepts(self, text: str) -> bool:
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        matcher = self._matcher.deep_copy()
+        return matcher.validate_tokens(ids) == len(ids) and matcher.consume_tokens(ids) and matcher.is_accepting()
+
+
+class WithTemplate:
+    """A tokenizer with the text of another chat template."""
+
+    def __init__(self, tokenizer: Tokenizer, template: str) -> None:
+        self._tokenizer = tokenizer
+        self.chat_template = template
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_forced_calls_are_what_the_format_reads(tmp_path: Path, name: str) -> None:
+    one = ANSWERS[name]
+    assert read(name.split()[0], [one])[2] == [("weather", '{"city": "P"}')]
+    grammar = Grammar(tmp_path, name, FORCED)
+    assert grammar.accepts(one)
+    assert grammar.accepts(one.replace("weather", "now"))
+    assert not grammar.accepts("It is fine.")
+    assert not grammar.accepts(one.replace("weather", "other"))
+    assert not grammar.accepts(one.replace('"P"', "5"))
+    assert not grammar.accepts(one[:-1])
+
+
+def test_forced_calls_in_one_answer(tmp_path: Path) -> None:
+    one = ANSWERS["hermes"]
+    assert Grammar(tmp_path, "hermes", FORCED).accepts(f"{one}\n{one}")
+    alone = ToolSet(TOOLS.parameters, ("now",), parallel=False)
+    assert not Grammar(tmp_path, "hermes", alone).accepts(f"{one}\n{one}".replace("weather", "now"))
+    assert not Grammar(tmp_path, "hermes", alone).accepts(one)
+    two = '{"name": "now", "parameters": {}}; {"name": "now", "parameters": {"x": [1, 2]}}'
+    assert Grammar(tmp_path, "llama", FORCED).accepts(two)
+    assert read("llama", [two])[2] == [("now", "{}"), ("now", '{"x": [1, 2]}')]
+    many = '[TOOL_CALLS][{"name": "now", "arguments": {}}, {"name": "now", "arguments": {}}]'
+    assert Grammar(tmp_path, "mistral", FORCED).accepts(many)

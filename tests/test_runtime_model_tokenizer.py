@@ -235,6 +235,75 @@ def test_templates_render_as_in_transformers(tmp_path: Path) -> None:
     assert load(tmp_path).render_chat(MESSAGES, {"tools": tools, "enable_thinking": True}) == expected
 
 
+def test_a_template_for_tools_beside_the_default_one(tmp_path: Path) -> None:
+    named = [
+        {"name": "default", "template": "plain"},
+        {"name": "tool_use", "template": "{{ tools | length }} tools"},
+    ]
+    save(tmp_path, byte_level(), chat_template=named)
+    (tmp_path / "more").mkdir()
+    folder = save(tmp_path / "more", byte_level(), chat_template="plain")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools | length }} tools")
+    for tokenizer in (load(tmp_path), load(folder)):
+        assert tokenizer.render_chat(MESSAGES) == "plain"
+        assert tokenizer.render_chat(MESSAGES, {"tools": [1, 2]}) == "2 tools"
+        assert tokenizer.chat_template == "{{ tools | length }} tools"
+        assert "tools" in tokenizer.chat_variables
+
+
+def test_templates_tell_what_they_read(tmp_path: Path) -> None:
+    for template, tools in (
+        ("{% if tools %}{{ tools }}{% endif %}", True),
+        ("{% if not tools is defined %}{% set tools = none %}{% endif %}{{ tools }}", True),
+        ("{% macro f(tools) %}{{ tools }}{% endmacro %}{{ f(1) }}", False),
+        ("no tools here: {{ messages }}", False),
+    ):
+        tokenizer = load(save(tmp_path, byte_level(), chat_template=template))
+        assert ("tools" in tokenizer.chat_variables) == tools
+        assert tokenizer.chat_template == template
+    assert load(save(tmp_path, byte_level())).chat_variables == frozenset()
+
+
+@pytest.mark.parametrize("content", ["Hello", "Hello ", " Hello, ", "<|end|>"])
+@pytest.mark.parametrize("trims", [False, True])
+def test_an_unfinished_message_ends_the_prompt_as_in_transformers(
+    tmp_path: Path, content: str, trims: bool
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    template = CHATML.replace("message.content", "message.content | trim") if trims else CHATML
+    save(tmp_path, byte_level(), chat_template=template, bos_token="<s>")
+    reference = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token="<s>")  # type: ignore[no-untyped-call]
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": content}]
+    expected = reference.apply_chat_template(
+        messages, chat_template=template, tokenize=False, continue_final_message=True
+    )
+    assert load(tmp_path).render_unfinished_chat(messages) == expected
+    assert messages[1]["content"] == content
+
+
+def test_a_template_that_hides_the_last_message_cannot_go_on_with_it(tmp_path: Path) -> None:
+    tokenizer = load(save(tmp_path, byte_level(), chat_template="{{ messages[0].content }}"))
+    with pytest.raises(InvalidRequestError, match="cannot be continued"):
+        tokenizer.render_unfinished_chat([MESSAGES[0], {"role": "assistant", "content": "a"}])
+
+
+def test_tokens_by_name(tmp_path: Path) -> None:
+    tokenizer = load(save(tmp_path, byte_level()))
+    (end,) = tokenizer.special_token_ids
+    assert tokenizer.added_token_id("<|end|>") == end
+    plain = tokenizer.added_token_id("<think> now")
+    assert plain is not None
+    assert tokenizer.added_token_id("a") is None
+    assert tokenizer.token_piece(end) == "<|end|>"
+    assert tokenizer.token_piece(tokenizer.encode(" a")[0]) == "Ġa"
+    assert tokenizer.token_piece(10**6) == ""
+    ids = [*tokenizer.encode("é"), end, plain]
+    assert tokenizer.decode(ids) == "é<think> now"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "é<|end|><think> now"
+
+
 def test_messages_that_a_template_refuses_are_the_callers_fault(tmp_path: Path) -> None:
     check = "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}"
     template = check + "{{ messages[0].content + 1 }}"

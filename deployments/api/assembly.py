@@ -144,7 +144,7 @@ class Assembler:
 
     def _is_stripped(self, text: str, token: int) -> bool:
         """Whether the first text of all begins with a space that it would not have at the beginning of a text."""
-        return self._codec is not None and text[0] == " " and not self._codec.decode([token]).startswith(" ")
+        return self._codec is not None and text[0] == " " and self._codec.decode([token]) == text[1:]
 
     def _mark(self, token: int) -> None:
         name = "" if self._codec is None else self._codec.token_text(token)

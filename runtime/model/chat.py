@@ -32,16 +32,23 @@ class ChatTemplate:
         source: the template's text.
         special_tokens: such as `bos_token`, which templates refer to by name.
         origin: where the template came from, for errors.
+        with_tools: renders in its place where there are tools; some checkpoints have two.
 
     Attributes:
-        source: the template's text.
+        source: the template's text, the one for tools where there are two.
         reads: the variables that it refers to, such as `messages`, `tools` or `enable_thinking`.
 
     Raises:
         CheckpointError: the template is no valid Jinja.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str], origin: str) -> None:
+    def __init__(
+        self,
+        source: str,
+        special_tokens: Mapping[str, str],
+        origin: str,
+        with_tools: ChatTemplate | None = None,
+    ) -> None:
         environment = _environment()
         try:
             self._template = environment.from_string(source)
@@ -49,6 +56,9 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise CheckpointError(f"{origin}: the chat template is no valid Jinja ({error})") from error
         self.source = source
+        self._with_tools = with_tools
+        if with_tools is not None:
+            self.source, self.reads = with_tools.source, self.reads | with_tools.reads
         self._special_tokens = dict(special_tokens)
         # Whether the same messages may make another prompt tomorrow.
         self.reads_clock = "strftime_now" in source
@@ -63,6 +73,8 @@ class ChatTemplate:
         Raises:
             InvalidRequestError: the template refuses the messages.
         """
+        if self._with_tools is not None and variables and variables.get("tools"):
+            return self._with_tools.render(messages, variables)
         names: dict[str, Any] = {"tools": None, "documents": None, "add_generation_prompt": True}
         names |= self._special_tokens | dict(variables or {})
         names["messages"] = [dict(message) for message in messages]
@@ -98,24 +110,40 @@ class ChatTemplate:
 
 
 def load_chat_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> ChatTemplate | None:
-    """The checkpoint's default chat template, from `chat_template.jinja` or `tokenizer_config.json`; None where it
-    has none.
+    """The checkpoint's chat template, from `chat_template.jinja` or `tokenizer_config.json`, with the one that it
+    may have for tools; None where it has none.
 
     Raises:
         CheckpointError: the template is malformed.
     """
-    file = folder / "chat_template.jinja"
-    if file.exists():
-        source: Any = file.read_text(encoding="utf-8")
-    else:
-        file, source = folder / "tokenizer_config.json", tokenizer_config.get("chat_template")
-    if isinstance(source, list):  # several templates by name
-        source = next((entry.get("template") for entry in source if entry.get("name") == "default"), None)
-    if source is None:
+    names = _special_tokens(tokenizer_config)
+    templates = _sources(folder, tokenizer_config)
+    if "default" not in templates:
         return None
-    if not isinstance(source, str):
-        raise CheckpointError(f"{file}: chat_template must be a string or a list of named templates")
-    return ChatTemplate(source, _special_tokens(tokenizer_config), str(file))
+    with_tools = None
+    if "tool_use" in templates:
+        with_tools = ChatTemplate(templates["tool_use"][1], names, str(templates["tool_use"][0]))
+    file, source = templates["default"]
+    return ChatTemplate(source, names, str(file), with_tools)
+
+
+def _sources(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, tuple[Path, str]]:
+    """Templates by name, and the file that each is from. A file of its own wins over the config."""
+    config = folder / "tokenizer_config.json"
+    value = tokenizer_config.get("chat_template")
+    entries = (
+        value if isinstance(value, list) else [] if value is None else [{"name": "default", "template": value}]
+    )
+    found: dict[str, tuple[Path, str]] = {}
+    for entry in entries:
+        source = entry.get("template") if isinstance(entry, Mapping) else None
+        if not isinstance(source, str):
+            raise CheckpointError(f"{config}: chat_template must be a string or a list of named templates")
+        found[str(entry.get("name"))] = config, source
+    files = {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    if (folder / "chat_template.jinja").exists():
+        files["default"] = folder / "chat_template.jinja"
+    return found | {name: (file, file.read_text(encoding="utf-8")) for name, file in files.items()}
 
 
 def _special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
