@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -42,6 +43,7 @@ class ControlledGroup:
         layers: of all calls, in order.
         waiting: calls that stand at the gate now.
         slow_to_leave: turns of the loop that a cancelled call takes to end.
+        hold_when: closes the gate before the first call at which it holds; then it is dropped.
     """
 
     def __init__(self, group: ExpertGroup) -> None:
@@ -51,6 +53,7 @@ class ControlledGroup:
         self.failures: list[BaseException] = []
         self.layers: list[int] = []
         self.waiting = self.slow_to_leave = 0
+        self.hold_when: Callable[[], object] | None = None
 
     @property
     def computed_s(self) -> float | None:
@@ -63,6 +66,9 @@ class ControlledGroup:
     async def run(self, layer: int, rows: ExpertRows, deadline: float) -> Tensor:
         """See `GroupBackend`."""
         self.layers.append(layer)
+        if self.hold_when is not None and self.hold_when():
+            self.hold_when = None
+            self.gate.clear()
         if self.failures:
             raise self.failures.pop(0)
         self.waiting += 1
@@ -166,11 +172,43 @@ def request(
     priority: float = 0.5,
     timeout_s: float = 60.0,
     emitted: Sequence[int] = (),
+    tenant: str = "",
+    cache_salt: str = "",
     **sampling: Any,
 ) -> GenerateRequest:
     """A request; greedy unless told otherwise."""
     params = SamplingParams(**{"max_tokens": max_tokens, "temperature": 0.0, **sampling})
-    return GenerateRequest("r", tuple(prompt), params, priority, timeout_s, tuple(emitted))
+    return GenerateRequest("r", tuple(prompt), params, priority, timeout_s, tuple(emitted), tenant, cache_salt)
+
+
+class Clock:
+    """Monotonic seconds that pass only when told to."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def hold(engine: Engine) -> Any:
+    """Stops the engine inside its next step; `gate.set()` of what is returned lets it go on."""
+    (group,) = controlled(engine)
+    group.gate.clear()
+    return group
+
+
+class Reader:
+    """Reads a generation in a task."""
+
+    def __init__(self, engine: Engine, asked: GenerateRequest) -> None:
+        self.answer = Answer()
+        self.task = asyncio.ensure_future(read(engine.generate(asked), self.answer))
+
+    async def leave(self) -> None:
+        """As when a client disconnects."""
+        self.task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.task
 
 
 def make_router(folder: Path, *, groups: int = 1, limits: RouterLimits | None = None) -> Router:
@@ -195,7 +233,9 @@ async def alone(folder: Path, asked: GenerateRequest) -> Answer:
     if key not in _ALONE:
         engine = make_engine(folder)
         engine.start()
-        _ALONE[key] = await read(engine.generate(dataclasses.replace(asked, timeout_s=60.0, emitted=())))
+        _ALONE[key] = await read(
+            engine.generate(dataclasses.replace(asked, timeout_s=60.0, emitted=(), priority=0.5))
+        )
         await engine.close()
     return _ALONE[key]
 
