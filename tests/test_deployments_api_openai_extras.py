@@ -11,7 +11,7 @@ import orjson
 import pytest
 from fake_gateway import FakeGateway, Reply, served
 from fake_gateway import ask as send
-from pimoe.runtime.errors import OverloadedError
+from pimoe.runtime.errors import InvalidRequestError, OverloadedError
 from scripted_chat import ScriptedGateway
 
 Server = tuple[ScriptedGateway, openai.OpenAI]
@@ -155,6 +155,17 @@ def test_wrong_structured_output(
             call(client, **fields)
         assert refused.value.param == param
     assert not gateway.backend.requests
+
+
+async def test_a_grammar_that_is_refused_behind_the_gateway_is_told_by_its_field() -> None:
+    error = InvalidRequestError("the regular expression is not accepted", "grammar")
+    for fields, param in (
+        ({"guided_regex": "["}, "guided_regex"),
+        ({"structured_outputs": {"regex": "["}, "stream": True}, "structured_outputs"),
+        ({}, "grammar"),
+    ):
+        found = await post(FakeGateway(error=error), "/v1/completions", model="echo", prompt="a", **fields)
+        assert (found["error"]["param"], found["error"]["message"]) == (param, error.message)
 
 
 def test_the_end_of_a_prompt(client: openai.OpenAI, gateway: ScriptedGateway) -> None:

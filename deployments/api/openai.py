@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import aclosing
+from collections.abc import Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -85,7 +86,19 @@ def _must_call(wanted: Wanted, conversation: Conversation, codec: TextCodec) -> 
             'tool_choice forces a call, so that the answer cannot match another format too; use "auto"',
             "tool_choice",
         )
-    return replace(wanted, sampling=replace(wanted.sampling, grammar_kind="lark", grammar=grammar))
+    sampling = replace(wanted.sampling, grammar_kind="lark", grammar=grammar)
+    return replace(wanted, sampling=sampling, grammar_field="tool_choice")
+
+
+@contextmanager
+def _told_by_field(wanted: Wanted) -> Iterator[None]:
+    """Behind the gateway every grammar is one field; the caller knows it by another name."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        if error.param != "grammar" or not wanted.grammar_field:
+            raise
+        raise type(error)(error.message, wanted.grammar_field) from error
 
 
 async def _generate(
@@ -105,6 +118,19 @@ async def _generate(
     encoded = [truncated(ids, wanted.truncate, wanted.max_tokens, known) for ids in encoded]
     kind = _kind(wanted, conversation, codec)
     plan = make_plan(wanted, encoded, known, call.work_id(), remaining_s, kind)
+    with _told_by_field(wanted):
+        await _answer(call, wanted, prompts, plan, told, conversation)
+
+
+async def _answer(
+    call: Call,
+    wanted: Wanted,
+    prompts: list[Prompt],
+    plan: Plan,
+    told: ModeReport | None,
+    conversation: Conversation | None,
+) -> None:
+    known, codec = call.context.model, call.context.tokenizer
     async with (
         started(call.context, plan) as answers,
         aclosing(interleave(streams(answers, codec, plan))) as events,

@@ -13,7 +13,7 @@ from .call import Call, cache_header, combined
 from .chat_prompt import ModeReport
 from .generation import Events, Plan
 from .openai_format import Choice, Format, usage
-from .openai_params import Shown
+from .openai_shown import Shown
 
 
 class Answer:

@@ -5,8 +5,8 @@ ignored; and those that would change it but are not supported, which are refused
 (`NEUTRAL`). A field that nobody knows is refused too: a misspelt `max_token` must not be answered as if it
 were not there.
 
-Fields by topic: `openai_sampling`, `openai_structured` (what an answer must match), `openai_tools`, `openai_chat`
-(messages and template), `openai_prompts`, `options` (priority, timeout, cache).
+Fields by topic: `openai_sampling`, `openai_structured` (what an answer must match), `openai_shown` (what is told
+of it), `openai_tools`, `openai_chat` (messages and template), `openai_prompts`, `options` (priority, timeout, cache).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from .context import ApiSettings
 from .fields import Fields, shown
 from .modes import Chosen, choose, seed_of_prompt
 from .openai_sampling import HUGE, SAMPLING_FIELDS, read_sampling
+from .openai_shown import Shown, read_shown
 from .openai_structured import STRUCTURED_FIELDS, read_grammar
 from .options import CallOptions, read_options, read_truncation
 
@@ -80,32 +81,6 @@ _MAX_SALT_CHARS = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
-    """What of an answer is shown, and how; none of it changes what is generated.
-
-    Attributes:
-        continuous_usage: every chunk of a stream tells the usage so far.
-        tokens_as_ids: logprobs name tokens as `token_id:17`.
-        echo: the prompt's text, and its logprobs where logprobs are asked for, go in front of the answer.
-        only_echo: and no answer follows.
-        prompt_logprobs: how many alternatives to tell of each token of the prompt; None: do not tell them.
-        stop: what stopped an answer is part of its text.
-        special_tokens: special tokens are part of its text.
-    """
-
-    stream: bool = False
-    include_usage: bool = False
-    continuous_usage: bool = False
-    token_ids: bool = False
-    tokens_as_ids: bool = False
-    echo: bool = False
-    only_echo: bool = False
-    prompt_logprobs: int | None = None
-    stop: bool = False
-    special_tokens: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class Wanted:
     """What a body asks for, besides its prompt.
 
@@ -113,6 +88,7 @@ class Wanted:
         max_tokens: None where not given; then `default_tokens`, or what the context has left.
         seed: None where not given.
         sampling: all the rest of the sampling; its `max_tokens` and `seed` are not resolved yet.
+        grammar_field: the field that asks for the sampling's grammar.
         truncate: keep so many of the prompt's tokens, the last ones; 0 keeps what the context has room for.
         add_special_tokens: whether the tokenizer adds its own to a prompt; None: completions only.
         chosen: its mode; already part of `sampling` and `default_tokens`.
@@ -126,6 +102,7 @@ class Wanted:
     sampling: SamplingParams
     options: CallOptions
     cache_salt: str = ""
+    grammar_field: str = ""
     truncate: int | None = None
     add_special_tokens: bool | None = None
     chosen: Chosen | None = None
@@ -225,12 +202,13 @@ def _read(
     best_of = fields.integer("best_of", 1, settings.max_choices)
     if best_of not in (None, n):
         raise fields.wrong("best_of", f"absent, or equal to n ({n}): choices are not ranked")
-    shown = _shown(fields, settings, special)
+    shown = read_shown(fields, settings, special.echo, special.max_tokens == 0)
     of_prompt = (shown.prompt_logprobs, special.logprobs if special.echo else None)
     logprobs = special.logprobs, max((most for most in of_prompt if most is not None), default=None)
     seed = fields.integer("seed", -_SEEDS, _SEEDS - 1)
     options = read_options(fields, defaults, settings)
-    sampling = read_sampling(fields, model, settings, logprobs, read_grammar(fields))
+    grammar, grammar_field = read_grammar(fields)
+    sampling = read_sampling(fields, model, settings, logprobs, grammar)
     chosen = choose(options.mode, read_truncation(fields), settings.modes, special.default_tokens)
     given = {name for name, value in fields.values.items() if value is not None}
     return Wanted(
@@ -243,30 +221,10 @@ def _read(
         sampling=sampling if chosen is None else chosen.preset.sampling(sampling, given),
         options=options,
         cache_salt=_cache_salt(fields),
+        grammar_field=grammar_field,
         truncate=_truncate(fields),
         add_special_tokens=fields.flag("add_special_tokens"),
         chosen=chosen,
-    )
-
-
-def _shown(fields: Fields, settings: ApiSettings, special: _Special) -> Shown:
-    stream = fields.flag("stream") or False
-    include_usage, continuous_usage = _usage_options(fields, stream)
-    prompt_logprobs = fields.integer("prompt_logprobs", 0, settings.max_logprobs)
-    if stream and prompt_logprobs is not None:
-        raise fields.wrong("prompt_logprobs", "absent where stream is true")
-    skips = fields.flag("skip_special_tokens")
-    return Shown(
-        stream=stream,
-        include_usage=include_usage,
-        continuous_usage=continuous_usage,
-        token_ids=fields.flag("return_token_ids") or False,
-        tokens_as_ids=fields.flag("return_tokens_as_token_ids") or False,
-        echo=special.echo,
-        only_echo=special.echo and special.max_tokens == 0,
-        prompt_logprobs=prompt_logprobs,
-        stop=fields.flag("include_stop_str_in_output") or False,
-        special_tokens=skips is False,
     )
 
 
@@ -275,17 +233,6 @@ def _check_neutral(fields: Fields, neutral: dict[str, tuple[Any, ...]]) -> None:
         value = fields.values[name]
         if value is not None and value not in neutral[name]:
             raise InvalidRequestError(f"{name} is not supported (it is {shown(value)}); leave it out", name)
-
-
-def _usage_options(fields: Fields, stream: bool) -> tuple[bool, bool]:
-    if fields.values.get("stream_options") is None:
-        return False, False
-    if not stream:
-        raise fields.wrong("stream_options", "absent unless stream is true")
-    options = fields.child("stream_options")
-    options.only(("include_usage", "continuous_usage_stats", "include_obfuscation"))
-    include = options.flag("include_usage") or False
-    return include, (options.flag("continuous_usage_stats") or False) and include
 
 
 def _cache_salt(fields: Fields) -> str:

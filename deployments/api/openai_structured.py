@@ -35,8 +35,8 @@ _NEUTRAL_OPTIONS = {
 }
 
 
-def read_grammar(fields: Fields) -> Grammar:
-    """The grammar that a body asks for; `NO_GRAMMAR` where it asks for none.
+def read_grammar(fields: Fields) -> tuple[Grammar, str]:
+    """The grammar that a body asks for, and the field that does; `NO_GRAMMAR` where none does.
 
     Raises:
         InvalidRequestError: malformed, too long, or more than one of them.
@@ -47,11 +47,11 @@ def read_grammar(fields: Fields) -> Grammar:
         name, other = asked[1][0], asked[0][0]
         raise InvalidRequestError(f"{name} and {other} are both there; an answer can match only one", name)
     if not asked:
-        return NO_GRAMMAR
+        return NO_GRAMMAR, ""
     name, grammar = asked[0]
     if len(grammar[1]) > _MAX_CHARS:
         raise InvalidRequestError(f"{name} has {len(grammar[1])} characters; at most {_MAX_CHARS}", name)
-    return grammar
+    return grammar, name
 
 
 def _response_format(fields: Fields) -> Grammar:

@@ -1,7 +1,7 @@
 """Grammars that leave a model nothing but to call: in Lark's notation, as llguidance has it.
 
-A mark that is a token of its own is written by its id, `<[5]>`, any other by its text; JSON schemas are inline. JSON
-is spaced as chat templates write it, and in no other way: a small model might write blanks for ever.
+A mark that is a token of its own is written by its id, `<[5]>`, any other by its text; JSON schemas are inline.
+JSON is spaced as chat templates write it, and in no other way: a small model might write blanks for ever.
 """
 
 from __future__ import annotations
