@@ -146,8 +146,8 @@ class Scheduler:
                 else:
                     self._preempt(max(self.running, key=lambda g: g.order))
         items = [_item(generation, 1) for generation in decoding if generation.blocks]
-        # In the order of the queue, whatever their classes: while work of a higher one keeps coming, a prompt would
-        # else wait for ever and hold its seat and its blocks.
+        # In the order of the queue, whatever their classes: while work of a higher one keeps coming, a prompt that
+        # holds its seat and its blocks would else wait for ever.
         prefilling = sorted((g for g in self.running if g.pending > 1), key=lambda g: (g.key, g.number))
         counts = share_prefill(_wanted(prefilling), self._prefill_budget(len(items)))
         return items + [_item(g, count) for g, count in zip(prefilling, counts, strict=True) if count]
