@@ -7,12 +7,14 @@ from typing import Any
 
 import msgpack
 import orjson
+import pytest
 from fake_gateway import HIDDEN, FakeGateway, Reply, ask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pimoe.deployments.api.app import POST_ROUTES
 from pimoe.deployments.api.errors import TABLE
 from pimoe.deployments.api.openai_params import CHAT_FIELDS, COMPLETION_FIELDS
+from scripted_chat import MARKS, ScriptedGateway
 
 PATHS = [path.replace("{name:path}", "echo") for path, _ in POST_ROUTES]
 
@@ -98,6 +100,139 @@ def test_almost_right_generations(chat: bool, extra: dict[str, Any]) -> None:
     prompt = {"messages": [{"role": "user", "content": "hi"}]} if chat else {"prompt": "hi"}
     body = orjson.dumps({"model": "echo", **prompt, **extra})
     send("/v1/chat/completions" if chat else "/v1/completions", body, {})
+
+
+# Chats with tools, and models that answer anything at all
+
+WORDS = st.sampled_from(
+    [
+        *(
+            "<tool_call>",
+            "</tool_call>",
+            "[TOOL_CALLS]",
+            "[ARGS]",
+            '{"name"',
+            ": ",
+            '"f"',
+            "}",
+            "{",
+            "]",
+            "[",
+            "é",
+        ),
+        *(', "arguments": ', ', "parameters": ', "\n", " ", ";", "<", "x", "\\", '"', "<|python_tag|>", "null"),
+        *(
+            "<|channel|>",
+            "final",
+            "analysis",
+            " to=functions.f",
+            "<|message|>",
+            "<|end|>",
+            "<|start|>",
+            "<|call|>",
+        ),
+        *("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"),
+        *(
+            "function",
+            "<function=f>",
+            "<parameter=k>",
+            "</parameter>",
+            "</function>",
+            '{"name": "f", "arguments": {}}',
+        ),
+    ]
+)
+TOOL = st.fixed_dictionaries(
+    {"type": st.just("function")},
+    optional={"function": st.dictionaries(st.sampled_from(["name", "parameters", "strict", "description"]), JSON)},
+)
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "tool", "system", "developer"])},
+    optional={
+        "content": st.text(max_size=5) | JSON,
+        "tool_calls": st.lists(
+            st.fixed_dictionaries(
+                {"id": st.text(max_size=3) | JSON},
+                optional={
+                    "function": st.dictionaries(st.sampled_from(["name", "arguments"]), st.just("{}") | JSON)
+                },
+            ),
+            max_size=2,
+        ),
+        "tool_call_id": st.text(max_size=3) | JSON,
+        "reasoning_content": st.text(max_size=3) | JSON,
+    },
+)
+
+
+@pytest.fixture(scope="module")
+def scripted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ScriptedGateway]:
+    return {name: ScriptedGateway(tmp_path_factory.mktemp("checkpoint"), name) for name in MARKS}
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(sorted(MARKS)), st.lists(MESSAGE, max_size=3), st.lists(TOOL | JSON, max_size=2), JSON)
+def test_random_tools(
+    scripted: dict[str, ScriptedGateway], name: str, messages: list[Any], tools: list[Any], choice: Any
+) -> None:
+    body = {"model": "echo", "messages": messages, "tools": tools, "tool_choice": choice}
+    check(
+        "/v1/chat/completions",
+        asyncio.run(ask(scripted[name], "POST", "/v1/chat/completions", orjson.dumps(body))),
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(sorted(set(MARKS) - {"unknown"})),
+    st.lists(WORDS, max_size=10),
+    st.integers(1, 5),
+    st.booleans(),
+    st.sampled_from([[], ["x"], [" ", "}"]]),
+    st.integers(1, 60),
+)
+def test_a_streamed_answer_adds_up_to_the_whole_one(
+    scripted: dict[str, ScriptedGateway],
+    name: str,
+    words: list[str],
+    size: int,
+    parallel: bool,
+    stop: list[str],
+    max_tokens: int,
+) -> None:
+    gateway = scripted[name]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    body = {"model": "echo", "messages": [{"role": "user", "content": "a"}], "tools": tools, "temperature": 0}
+    body |= {"parallel_tool_calls": parallel, "stop": stop, "max_tokens": max_tokens}
+
+    async def both() -> tuple[Reply, Reply]:
+        gateway.script("".join(words), size=size)
+        whole = await ask(gateway, "POST", "/v1/chat/completions", orjson.dumps(body))
+        return whole, await ask(gateway, "POST", "/v1/chat/completions", orjson.dumps(body | {"stream": True}))
+
+    whole, streamed = asyncio.run(both())
+    (choice,) = orjson.loads(whole.body)["choices"]
+    message: dict[str, Any] = {"role": None, "content": None, "reasoning_content": None, "tool_calls": []}
+    *events, _done, _end = streamed.body.split(b"\n\n")
+    for event in events:
+        (part,) = orjson.loads(event.removeprefix(b"data: "))["choices"]
+        for key, value in part["delta"].items():
+            if key == "tool_calls":
+                for call in value:
+                    if call.pop("index") == len(message[key]):
+                        message[key].append(call)
+                    else:
+                        message[key][-1]["function"]["arguments"] += call["function"]["arguments"]
+            elif value is not None:
+                message[key] = (message[key] or "") + value
+    assert message["role"] == "assistant"
+    assert (message["content"] or "") == (choice["message"]["content"] or "")
+    assert message["reasoning_content"] == choice["message"].get("reasoning_content")
+    assert message["tool_calls"] == choice["message"].get("tool_calls", [])
+    assert (part["finish_reason"], part["stop_reason"]) == (choice["finish_reason"], choice["stop_reason"])
+
+
+# Tensors
 
 
 @settings(max_examples=250, deadline=None)

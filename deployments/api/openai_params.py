@@ -6,7 +6,8 @@ ignored; and those that would change it but are not supported, which are refused
 were not there.
 
 Fields by topic: `openai_sampling`, `openai_structured` (what an answer must match), `openai_shown` (what is told
-of it), `openai_tools`, `openai_chat` (messages and template), `openai_prompts`, `options` (priority, timeout, cache).
+of it), `openai_tools`, `openai_chat` (messages and template), `openai_prompts`, `options` (priority, timeout,
+cache).
 """
 
 from __future__ import annotations

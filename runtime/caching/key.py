@@ -16,7 +16,8 @@
     generate: prompt, emitted     token ids, each list with its length
     generate: sampling       every field of `SamplingParams`, by name, defaults filled in; numbers that are floats
                              are hashed as floats (1 is 1.0, -0.0 is 0.0); the seed is 0 where nothing is drawn
-                             (temperature 0); `stop_token_ids` as the set that they are
+                             (temperature 0); `stop_token_ids` as the set that they are; stop strings too, since
+                             generations end at them below the cache
 
 Left out: request id, priority and timeout, which change when an answer comes and not what it is; and the
 response's format. Every value is written with its type
