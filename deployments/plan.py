@@ -32,30 +32,32 @@ def check_checkpoint(settings: AppSettings) -> None:
     plan_groups(settings)
     Tokenizer.load(settings.folder)
     for layer in spec.experts.moe_layers:
-        for expert in range(spec.experts.num_experts):
-            for name, shape in _expert_tensors(spec.experts, layer, expert).items():
-                if checkpoint.shape(name) != shape:
-                    found = list(checkpoint.shape(name))
-                    raise CheckpointError(f"{settings.folder}: tensor {name} is {found}, not {list(shape)}")
+        for name, shape in spec.experts.stored_shapes(layer).items():
+            if checkpoint.shape(name) != shape:
+                found = list(checkpoint.shape(name))
+                raise CheckpointError(f"{settings.folder}: tensor {name} is {found}, not {list(shape)}")
 
 
-def _expert_tensors(spec: ExpertSpec, layer: int, expert: int) -> dict[str, tuple[int, ...]]:
+def _expert_bytes(checkpoint: Checkpoint, spec: ExpertSpec, dtype: str, experts: tuple[int, ...]) -> int:
+    numbers = len(spec.moe_layers) * len(experts) * spec.parameters_per_expert
     if spec.custom_class is not None:
-        return {}
-    names, inner, hidden = spec.tensor_names(layer, expert), spec.intermediate_size, spec.hidden_size
-    return {names.gate: (inner, hidden), names.up: (inner, hidden), names.down: (hidden, inner)}
+        prefixes = tuple(spec.prefix(layer, expert) for layer in spec.moe_layers for expert in experts)
+        numbers = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names if name.startswith(prefixes))
+    return numbers * DTYPE_BYTES[dtype]
 
 
-def _expert_bytes(checkpoint: Checkpoint, spec: ModelSpec, dtype: str, experts: tuple[int, ...]) -> int:
-    elements = 0
-    for layer in spec.experts.moe_layers:
-        for expert in experts:
-            prefix_or_names = _expert_tensors(spec.experts, layer, expert)
-            if not prefix_or_names:
-                prefix = spec.experts.prefix(layer, expert)
-                prefix_or_names = {n: checkpoint.shape(n) for n in checkpoint.names if n.startswith(prefix)}
-            elements += sum(math.prod(shape) for shape in prefix_or_names.values())
-    return elements * DTYPE_BYTES[dtype]
+def _trunk_bytes(checkpoint: Checkpoint, spec: ModelSpec, dtype: str) -> int:
+    """Of everything else; what lies behind the last layer, to predict further tokens, is not read."""
+    layers, experts = spec.experts.moe_layers, set[str]()
+    for layer in layers:
+        experts |= spec.experts.stored_shapes(layer).keys()
+    skipped = [
+        spec.experts.prefix(layer, expert) for layer in layers for expert in range(spec.experts.num_experts)
+    ]
+    if isinstance(spec, DecoderSpec):
+        skipped = [f"model.layers.{spec.num_layers}."]
+    names = [name for name in checkpoint.names if name not in experts and not name.startswith(tuple(skipped))]
+    return sum(math.prod(checkpoint.shape(name)) for name in names) * DTYPE_BYTES[dtype]
 
 
 def plan_table(settings: AppSettings) -> Table:
@@ -67,18 +69,16 @@ def plan_table(settings: AppSettings) -> Table:
     checkpoint = Checkpoint(settings.folder)
     spec = read_spec(checkpoint)
     dtype = serving_dtype(spec, settings.dtype)
-    total = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names) * DTYPE_BYTES[dtype]
-    everyone = _expert_bytes(checkpoint, spec, dtype, tuple(range(spec.experts.num_experts)))
     title = f"{settings.served_name}: {spec.family}, {dtype}, {len(spec.experts.moe_layers)} MoE layers"
     table = Table(title=title, title_justify="left")
     for column in ("deployment", "replicas", "holds", "weights each", "CPU each", "GPU each"):
         table.add_column(column, justify="left" if column in ("deployment", "holds") else "right")
     table.add_row("gateway", *_copies(settings.gateway), "result cache", "", *_resources(settings.gateway))
     held = f"trunk and gates, {_kv_text(settings, spec, dtype)}"
-    trunk_bytes = _human(total - everyone)
+    trunk_bytes = _human(_trunk_bytes(checkpoint, spec, dtype))
     table.add_row("router", *_copies(settings.router), held, trunk_bytes, *_resources(settings.router))
     for name, experts, group in plan_groups(settings):
-        weights = _human(_expert_bytes(checkpoint, spec, dtype, experts))
+        weights = _human(_expert_bytes(checkpoint, spec.experts, dtype, experts))
         table.add_row(
             name, *_copies(group), f"{len(experts)} experts: {_ranges(experts)}", weights, *_resources(group)
         )
@@ -100,7 +100,8 @@ def _kv_text(settings: AppSettings, spec: ModelSpec, dtype: str) -> str:
         return "no KV cache"
     engine = settings.router.engine
     context = min(engine.max_context_tokens or spec.max_context_tokens, spec.max_context_tokens)
-    per_token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * DTYPE_BYTES[dtype]
+    width = spec.cached_heads * (spec.cached_key_dim + spec.cached_value_dim)
+    per_token = spec.num_layers * width * DTYPE_BYTES[dtype]
     return f"KV cache of up to {_human(engine.max_sequences * context * per_token)}"
 
 
