@@ -84,21 +84,24 @@ class ControlledGroup:
 
 
 @functools.cache
-def _trunk(folder: Path) -> Trunk:
-    return load_trunk(folder)
+def _trunk(folder: Path, batch_invariant: bool = False) -> Trunk:
+    return load_trunk(folder, batch_invariant=batch_invariant)
 
 
 @functools.cache
-def _groups(folder: Path, count: int) -> list[ExpertGroup]:
+def _groups(folder: Path, count: int, batch_invariant: bool) -> list[ExpertGroup]:
     checkpoint = Checkpoint(folder)
     spec = read_spec(checkpoint).experts
     placement = contiguous_placement(spec.num_experts, count)
-    return [ExpertGroup.load(checkpoint, spec, experts, torch.float32) for experts in placement.groups]
+    return [
+        ExpertGroup.load(checkpoint, spec, experts, torch.float32, batch_invariant=batch_invariant)
+        for experts in placement.groups
+    ]
 
 
-def controlled_dispatcher(folder: Path, groups: int) -> Dispatcher:
+def controlled_dispatcher(folder: Path, groups: int, batch_invariant: bool = False) -> Dispatcher:
     """A dispatcher to `ControlledGroup`s, its `groups`."""
-    held = _groups(folder, groups)
+    held = _groups(folder, groups, batch_invariant)
     return Dispatcher(
         contiguous_placement(sum(len(group.experts) for group in held), groups), [ControlledGroup(g) for g in held]
     )
@@ -116,10 +119,11 @@ def make_engine(
     clock: Callable[[], float] = time.monotonic,
     queue: QueueLimits | None = None,
     eos: Sequence[int] = (),
+    batch_invariant: bool = False,
     **limits: Any,
 ) -> Engine:
     """An engine that is not started yet; `limits` are fields of `EngineLimits`."""
-    trunk = _trunk(folder)
+    trunk = _trunk(folder, batch_invariant)
     assert trunk.decoder is not None
     decoder = trunk.decoder
     if eos:
@@ -127,7 +131,7 @@ def make_engine(
         decoder.spec = dataclasses.replace(decoder.spec, eos_token_ids=tuple(eos))
     return Engine(
         decoder,
-        controlled_dispatcher(folder, groups),
+        controlled_dispatcher(folder, groups, batch_invariant),
         EngineLimits(**{"drain_s": 0.0, **limits}),
         BatchLimits(),
         queue or QueueLimits(),

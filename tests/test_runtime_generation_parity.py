@@ -76,13 +76,13 @@ class Way:
 
     Attributes:
         shows: what an engine that went it tells of it.
-        limits: of the engine, which force it.
+        options: of the engine, which force it.
         warm: whether every prompt was asked for before.
         sampling: what else is asked for.
     """
 
     shows: Callable[[Engine, list[Answer]], bool]
-    limits: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     warm: bool = False
     sampling: dict[str, Any] = field(default_factory=dict)
 
@@ -113,13 +113,14 @@ def everything(engine: Engine, answers: list[Answer]) -> bool:
 
 # Blocks for one of the longest, of 44 + 64 tokens, and for a part of the others.
 _TIGHT = {"block_tokens": 4, "kv_blocks": 40}
+_CROWDED = {**_TIGHT, "max_step_tokens": 8, "micro_batches": "always"}
 WAYS = {
     "plain": Way(lambda engine, _: engine.statistics().steps == TOKENS),
     "chunked": Way(chunked, {"max_step_tokens": 8}),
     "reused": Way(reused, {"block_tokens": 8}, warm=True),
     "preempted": Way(preempted, _TIGHT),
     "in two": Way(in_two, {"micro_batches": "always"}),
-    "everything": Way(everything, {**_TIGHT, "max_step_tokens": 8, "micro_batches": "always"}, warm=True),
+    "everything": Way(everything, _CROWDED, warm=True),
     "prompt logprobs": Way(preempted, {**_TIGHT, "max_step_tokens": 12}, sampling={"prompt_logprobs": 0}),
 }
 
@@ -128,7 +129,7 @@ WAYS = {
 async def test_64_greedy_tokens_are_those_of_transformers(model: tuple[Path, Reference], way: str) -> None:
     folder, reference = model
     going = WAYS[way]
-    engine = make_engine(folder, groups=2, **going.limits)
+    engine = make_engine(folder, groups=2, **going.options)
     engine.start()
     for max_tokens in (1, TOKENS) if going.warm else (TOKENS,):
         asked = [request(prompt, max_tokens, logprobs=0, **going.sampling) for prompt in PROMPTS]
@@ -142,11 +143,11 @@ async def test_64_greedy_tokens_are_those_of_transformers(model: tuple[Path, Ref
     await within_patience(engine.close())
 
 
-def expect_of(answer: Answer, index: int, reference: Reference) -> None:
+def expect_of(answer: Answer, index: int, reference: Reference, count: int = TOKENS) -> None:
     assert answer.error is None
-    assert answer.tokens == reference.tokens[index]
+    assert answer.tokens == reference.tokens[index][:count]
     assert [item.token_id for item in answer.logprobs] == answer.tokens
-    theirs = reference.logprobs[index].gather(1, torch.tensor(answer.tokens)[:, None])[:, 0]
+    theirs = reference.logprobs[index][:count].gather(1, torch.tensor(answer.tokens)[:, None])[:, 0]
     assert [item.logprob for item in answer.logprobs] == pytest.approx(theirs.tolist(), abs=1e-4)
 
 
@@ -155,6 +156,24 @@ def expect_prompt_logprobs(answer: Answer, index: int, reference: Reference) -> 
     assert told[0] is None
     assert [item.token_id for item in told[1:]] == list(PROMPTS[index][1:])
     assert [item.logprob for item in told[1:]] == pytest.approx(reference.prompt_logprobs[index], abs=1e-4)
+
+
+async def test_batch_invariant_engines_give_the_same_bits_whatever_happens(model: tuple[Path, Reference]) -> None:
+    folder, reference = model
+    asked = [request(prompt, 24, logprobs=0) for prompt in PROMPTS]
+    answers: list[list[Answer]] = []
+    # In blocks of one size: of a window, as much is read as they hold.
+    quiet = {"max_sequences": 1, "block_tokens": 4, "reuse_prefixes": False}
+    for options in (quiet, {**_CROWDED, "kv_blocks": 24}):
+        engine = make_engine(folder, groups=2, batch_invariant=True, **options)
+        engine.start()
+        answers.append(await asyncio.gather(*(read(engine.generate(one)) for one in asked)))
+        await eventually(lambda engine=engine: at_rest(engine))
+        await within_patience(engine.close())
+    assert engine.statistics().preemptions
+    for index, (alone, crowded) in enumerate(zip(*answers, strict=True)):
+        assert [item.logprob for item in crowded.logprobs] == [item.logprob for item in alone.logprobs]
+        expect_of(crowded, index, reference, 24)
 
 
 def test_the_reference_tells_the_prompts_apart(model: tuple[Path, Reference]) -> None:
