@@ -160,8 +160,8 @@ async def test_without_a_mode_nothing_changes() -> None:
     reply = await chat(gateway)
     assert "pimoe" not in json.loads(reply.body)
     assert not [name for name in reply.headers if name in ("x-pimoe-mode", "x-pimoe-trimmed-messages")]
-    sampling = gateway.generated[0].sampling
-    assert (sampling.top_k, sampling.max_tokens) == (0, 256)
+    prompt, sampling = gateway.generated[0].prompt_token_ids, gateway.generated[0].sampling
+    assert (sampling.top_k, sampling.max_tokens) == (0, gateway.info.max_context_tokens - len(prompt))
     assert bytes(gateway.generated[0].prompt_token_ids).count(b"\n") == 10
 
 
@@ -200,7 +200,7 @@ async def test_presets_and_what_wins_over_them() -> None:
     assert (await sampled(mode="ultra", top_k=None)).top_k == 20
     assert (await sampled(mode="ultra", max_completion_tokens=9)).max_tokens == 9
     assert (await sampled(mode="speed")).top_k == 50
-    assert await sampled(mode="speed", temperature=0) == await sampled(temperature=0)
+    assert await sampled(mode="speed", temperature=0, max_tokens=9) == await sampled(temperature=0, max_tokens=9)
     accuracy = await sampled(mode="accuracy", seed=1)
     assert accuracy == replace(await sampled(seed=1), max_tokens=accuracy.max_tokens)
 

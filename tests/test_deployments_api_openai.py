@@ -267,7 +267,8 @@ def test_chat(client: openai.OpenAI, gateway: FakeGateway) -> None:
     assert answer.object == "chat.completion"
     # The template's own special tokens are all there are.
     assert gateway.generated[0].prompt_token_ids[0] == ord("s")
-    assert gateway.generated[0].sampling.max_tokens == 256
+    prompt, sampling = gateway.generated[0].prompt_token_ids, gateway.generated[0].sampling
+    assert sampling.max_tokens == MODEL.max_context_tokens - len(prompt), "what the context has left"
 
 
 def test_chat_default_is_what_the_context_has_left(client: openai.OpenAI, gateway: FakeGateway) -> None:

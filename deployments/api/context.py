@@ -63,7 +63,7 @@ class ApiSettings:
     max_stop_chars: int = 256
     max_logprobs: int = 20
     default_completion_tokens: int = 16
-    default_chat_tokens: int = 256
+    default_chat_tokens: int = 16_384
     default_mode: ModeName | None = None
     modes: Modes = field(default_factory=Modes)
 
