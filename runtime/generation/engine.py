@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
@@ -286,9 +287,21 @@ class Engine:
             states = [self._streams[generation].state for generation in generations]
             tokens, logprobs = sample(last, states, [len(generation.tokens) for generation in generations])
         self.scheduler.advance(items)
+        self._fail_broken(generations, last)
         now = self._clock()
         for generation, token, logprob in zip(generations, tokens, logprobs, strict=True):
             self._append(generation, token, logprob, now)
+
+    def _fail_broken(self, generations: Sequence[Generation], logits: torch.Tensor) -> None:
+        """End sequences whose numbers overflowed, with those of them that are cached known to nobody."""
+        # One NaN in a hidden state is in all of its logits: the first one tells.
+        if not len(logits) or bool(logits[:, 0].isfinite().all()):
+            return
+        for generation, first in zip(generations, logits[:, 0].tolist(), strict=True):
+            if not math.isfinite(first):
+                self.scheduler.distrust(generation)
+                text = f"the model's numbers overflowed {str(self.decoder.dtype).removeprefix('torch.')}"
+                self._fail([generation], PimoeError(text))
 
     def _append(self, generation: Generation, token: int, logprob: TokenLogprob | None, now: float) -> None:
         if generation.finished:
