@@ -27,6 +27,7 @@ from engines import (
     read,
     request,
 )
+from pimoe.runtime.batching import QueueLimits
 from pimoe.runtime.errors import DeadlineExceededError, PimoeError, RequestCancelledError, UnavailableError
 from pimoe.runtime.generation.engine import Engine
 from pimoe.runtime.model.decoder import ForwardBatch, Segment
@@ -243,6 +244,53 @@ async def test_who_is_urgent_does_not_wait_for_who_is_not(start: StartEngine) ->
         assert (await reader.task).reason == "length"
 
 
+async def begun(engine: Engine, *asked: GenerateRequest) -> list[Reader]:
+    """Readers of requests, all of which have got tokens."""
+    readers = [Reader(engine, one) for one in asked]
+    await eventually(lambda: all(reader.answer.tokens for reader in readers))
+    return readers
+
+
+def patient(seed: int, priority: float = 0.0) -> GenerateRequest:
+    return request(prompt_of(5, seed), 240, priority=priority, timeout_s=1e5)
+
+
+async def test_a_backlog_does_not_keep_the_urgent_from_taking_over(start: StartEngine) -> None:
+    """It is older than its patience, and so before them in the queue; but it can only wait for a free seat."""
+    clock = Clock()
+    engine = start(max_sequences=2, clock=clock, queue=QueueLimits(target_delay_s=1e6, standing_s=1e6))
+    running = await begun(engine, patient(0), patient(1))
+    backlog = [Reader(engine, patient(seed)) for seed in (2, 3, 4)]
+    await eventually(lambda: engine.statistics().queue.items == 3)
+    clock.now += 5
+    assert (await Reader(engine, URGENT).task).reason == "length"
+    assert not any(reader.task.done() for reader in (*running, *backlog))
+    assert engine.statistics().preemptions == 1
+    for reader in (*running, *backlog):
+        await reader.leave()
+
+
+async def test_who_was_preempted_does_not_keep_the_urgent_from_taking_over(start: StartEngine) -> None:
+    clock = Clock()
+    engine = start(max_sequences=2, clock=clock)
+    low = await begun(engine, patient(0), patient(1))
+    (first,) = await begun(engine, patient(2, priority=1.0))
+    clock.now += 5
+    assert (await Reader(engine, URGENT).task).reason == "length"
+    assert not first.task.done()
+    assert engine.statistics().preemptions == 2
+    for reader in (*low, first):
+        await reader.leave()
+
+
+async def test_in_order_of_arrival_nobody_takes_over(start: StartEngine) -> None:
+    engine = start(max_sequences=1, queue=QueueLimits(order="fifo"))
+    (low,) = await begun(engine, request(prompt_of(5), 60, priority=0.0))
+    assert (await Reader(engine, URGENT).task).reason == "length"
+    assert low.task.done()
+    assert engine.statistics().preemptions == 0
+
+
 async def test_nobody_makes_room_for_its_own_class(start: StartEngine) -> None:
     engine = start(max_sequences=1)
     first = Reader(engine, request(prompt_of(5), 20, priority=0.5))
@@ -446,3 +494,26 @@ async def test_errors_of_one_are_not_those_of_others(folder: Path, start: StartE
     assert isinstance(answer.error, PimoeError)
     assert (await first.task).tokens == (await alone(folder, LOW)).tokens
     assert engine.statistics().preemptions == 0
+
+
+async def test_numbers_that_are_not_finite_fail_one_answer_and_are_not_reused(
+    folder: Path, start: StartEngine
+) -> None:
+    """A replica that computes NaN once must not spoil a prompt's beginning for all who come later."""
+    engine = start(block_tokens=4, max_step_tokens=16)
+    (group,) = controlled(engine)
+    forward = group.run
+
+    async def run(layer: int, rows: Any, deadline: float) -> Any:
+        out = await forward(layer, rows, deadline)
+        return out * torch.nan if len(group.layers) == 2 else out
+
+    group.run = run
+    asked = request(prompt_of(40), 6)
+    spoilt = await read(engine.generate(asked))
+    assert spoilt.error is not None
+    assert (spoilt.tokens, spoilt.error.code) == ([], "internal_error")
+    await eventually(lambda: at_rest(engine))
+    answer = await read(engine.generate(asked))
+    assert answer.tokens == (await alone(folder, asked)).tokens
+    assert answer.chunks[0].cached_tokens == 0

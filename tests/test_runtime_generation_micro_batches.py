@@ -74,6 +74,40 @@ def test_it_finds_out_what_pays_although_the_batch_never_changes(machine: Machin
         assert statistics.measured_gain == pytest.approx(machine.one_s(128) / machine.two_s(128), rel=0.1)
 
 
+def test_probes_that_change_nothing_become_rare_and_cost_little() -> None:
+    """Of machines where the lines alone do not rule it out that two pay, and a step run as two takes twice its
+    time."""
+    model = MicroBatchModel()
+    doubles = sum(FIXED_COSTS.step(model, 128) for _ in range(2000))
+    assert 2 <= doubles == model.statistics().probes <= 11
+    lost_s = doubles * (FIXED_COSTS.two_s(128) - FIXED_COSTS.one_s(128))
+    assert lost_s < 0.01 * 2000 * FIXED_COSTS.one_s(128)
+
+
+def test_a_machine_that_changes_is_noticed_although_probes_have_become_rare() -> None:
+    model = MicroBatchModel()
+    for _ in range(2000):
+        FIXED_COSTS.step(model, 128)
+    assert sum(FIXED_COSTS.step(model, 128) for _ in range(50)) <= 1
+    for _ in range(600):
+        SLOW_LINK.step(model, 128)
+    assert sum(SLOW_LINK.step(model, 128) for _ in range(100)) >= 98
+    for _ in range(600):
+        FIXED_COSTS.step(model, 128)
+    assert sum(FIXED_COSTS.step(model, 128) for _ in range(100)) <= 2
+
+
+def test_sizes_are_probed_on_their_own() -> None:
+    """Decode steps that have long settled must not keep the first prefill steps from being tried."""
+    model = MicroBatchModel()
+    for _ in range(1000):
+        BALANCED.step(model, 16)
+    probes = model.statistics().probes
+    for _ in range(33):
+        BALANCED.step(model, 512)
+    assert model.statistics().probes == probes + 1
+
+
 def test_what_two_really_take_corrects_what_was_expected() -> None:
     """Cores that both micro-batches want: the times say that it pays, and it does not."""
     model = MicroBatchModel()

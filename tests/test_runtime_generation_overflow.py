@@ -39,6 +39,6 @@ async def test_an_overflow_ends_its_sequence_and_its_blocks_are_known_to_nobody(
     again = await asyncio.gather(*(read(engine.generate(asked)) for _ in range(2)))
     for answer in again:
         assert answer.tokens == (await alone(folder, asked)).tokens
-        assert answer.chunks[0].cached_tokens == 0
+    assert sorted(answer.chunks[0].cached_tokens for answer in again) == [0, 20], "computed anew, and once"
     assert not engine.statistics().kv_blocks.held
     await engine.close()

@@ -88,6 +88,56 @@ def test_the_most_important_comes_first_in_order() -> None:
     assert ordered == [by_class, by_key, by_number, last, lowest]
 
 
+# Equal prompts at the same time.
+
+
+@pytest.mark.parametrize("budget", [6, 400])
+def test_who_begins_alike_at_the_same_time_is_computed_once(budget: int) -> None:
+    of = scheduler(max_step_tokens=budget)
+    crowd = [generation([*range(21), 50 + number], number=number) for number in range(4)]
+    for each in crowd:
+        assert of.admit(each)
+    computed = 0
+    while any(each.pending > 1 for each in crowd):
+        computed += sum(item.count for item in step(of) if item.generation.pending != 1 or item.count > 1)
+        assert computed < 100, "it does not end"
+    assert [each.cached_tokens for each in crowd] == [0, 20, 20, 20]
+    assert len({tuple(each.blocks[:5]) for each in crowd}) == 1, "they share the blocks"
+    assert held(of) == 5 + 4
+    statistics = of.pool.statistics()
+    assert (statistics.prefix_query_tokens, statistics.prefix_hit_tokens) == (4 * 22, 3 * 20)
+    for each in crowd:
+        of.remove(each)
+    assert held(of) == 0
+
+
+def test_nobody_waits_for_who_left() -> None:
+    of = scheduler(max_step_tokens=8)
+    first, second = generation(40, number=0), generation(40, number=1)
+    assert of.admit(first)
+    assert of.admit(second)
+    assert counts(step(of), [first, second]) == [(0, 8, False)]
+    of.remove(first)
+    assert counts(step(of), [first, second]) == [(1, 8, False)]
+    assert second.cached_tokens == 8
+
+
+def test_without_reuse_nobody_waits_for_equal_prompts() -> None:
+    of = scheduler(reuse=False)
+    crowd = [generation(21, number=number) for number in range(3)]
+    for each in crowd:
+        assert of.admit(each)
+    assert counts(step(of), crowd) == [(0, 21, True), (1, 21, True), (2, 21, True)]
+
+
+def test_prompts_of_other_salts_do_not_wait_for_each_other() -> None:
+    of = scheduler()
+    crowd = [generation(21, number=number, cache_salt=str(number)) for number in range(3)]
+    for each in crowd:
+        assert of.admit(each)
+    assert sorted(counts(step(of), crowd)) == [(0, 21, True), (1, 21, True), (2, 21, True)]
+
+
 # Sharing the budget.
 
 

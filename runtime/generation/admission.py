@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..batching import LatencyModel, OverloadControl, PriorityQueue, QueueItem
+from ..batching.classes import CLASSES
 from .scheduler import Generation, Scheduler
 from .stream import Stream
 
@@ -49,41 +50,61 @@ class Admission:
         while True:
             back, item = self._scheduler.first_preempted(), entrants[0] if entrants else None
             if back is not None and (item is None or back.rank >= item.rank or back.key <= item.key):
-                if not self._scheduler.admit(back):
+                if self._scheduler.admit(back):
+                    continue
+                # Who takes a seat over from a lower class delays nobody who waits for a free one.
+                if item is None or item.rank <= back.rank or self._free_seats():
                     return begun
-            elif item is None or not self._begin(item, now):
+            if item is None or not self._begin(item, now):
                 return begun
-            else:
-                entrants.pop(0)
-                if item.value.generation is not None:
-                    begun.append(item.value)
+            entrants.pop(0)
+            if item.value.generation is not None:
+                begun.append(item.value)
+
+    def _free_seats(self) -> int:
+        return self._max_sequences - len(self._scheduler.running)
 
     def _next_in_queue(self, now: float) -> list[QueueItem[Stream]]:
-        head = self._queue.head()
-        if head is None or not self._scheduler.has_seat(head.rank):
-            return []  # nobody is given up for a place that the first cannot take
-        room = max(1, self._max_sequences - len(self._scheduler.running))
+        room = self._free_seats()
+        if not len(self._queue):
+            return []
+        if not room:
+            return self._who_takes_over()
         first, left = self._queue.peek(room)
         backlog_s = len(self._queue) / self._max_sequences * self._held_s
         return self._overload.compose(first, left, room, now, self._held_s, backlog_s)
+
+    def _who_takes_over(self) -> list[QueueItem[Stream]]:
+        """All seats are taken: the first of the highest class that waits may have one of a lower class, also where
+        a backlog of its own class or of lower ones comes before it by key and has to wait for a free seat."""
+        if not self._queue.limits.prioritised:
+            return []
+        first = (self._queue.first_of_class(rank) for rank in reversed(CLASSES))
+        item = next((item for item in first if item is not None), None)
+        return [item] if item is not None and self._scheduler.has_seat(item.rank) else []
 
     def _begin(self, item: QueueItem[Stream], now: float) -> bool:
         """Whether the next one may be looked at: this one runs, or is given up."""
         if self._scheduler.running and now + self._latency.least_s(item.tokens) > item.deadline:
             self._queue.drop_late([item])  # not even its first token would be in time
             return True
-        stream, request = item.value, item.value.request
-        generation = Generation(
+        stream = item.value
+        # Kept for the next try: the hashes of a long prompt are not computed anew in every step.
+        stream.candidate = stream.candidate or self._new_generation(item)
+        if not self._scheduler.admit(stream.candidate):
+            return False
+        self._queue.take([item], now)
+        stream.generation = stream.candidate
+        stream.generation.admitted = now
+        return True
+
+    def _new_generation(self, item: QueueItem[Stream]) -> Generation:
+        request = item.value.request
+        return Generation(
             request=request,
-            rank=item.rank,
+            rank=item.rank if self._queue.limits.prioritised else 0,
             key=item.key,
             number=item.number,
             deadline=item.deadline,
             tokens=[*request.prompt_token_ids, *request.emitted],
-            admitted=now,
         )
-        if not self._scheduler.admit(generation):
-            return False
-        self._queue.take([item], now)
-        stream.generation = generation
-        return True

@@ -6,12 +6,14 @@
 (MegaScale-Infer, arXiv 2504.02263, has the idea of ping-pong between attention and experts.) Smaller batches
 compute less well, so it pays only where a good part of a step is waiting. Each of the three times is a line over
 tokens, learnt from the steps as they run. What lines cannot know of sizes that never ran is found out by a probe
-now and then, a step run the other way, where lines without fixed costs say that it might pay; what they get wrong
-(cores that are shared, a noisy machine) is corrected by what two micro-batches really took.
+now and then, a step run the other way, where lines without fixed costs say that it might pay; the more seldom, the
+more probes of such a size changed nothing, since a step run the wrong way may take twice its time. What lines get
+wrong (cores that are shared, a noisy machine) is corrected by what two micro-batches really took.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -20,6 +22,7 @@ MicroBatching = Literal["auto", "always", "never"]
 _FORGETTING = 0.99  # the last hundred forwards count
 _LEAST_GAIN = 1.05
 _PROBE_EVERY = 32
+_PROBE_AT_LEAST_EVERY = 256
 _SMOOTHING = 0.1
 _TINY = 1e-9
 
@@ -87,6 +90,25 @@ class MicroBatchStatistics(NamedTuple):
     measured_gain: float
 
 
+@dataclass(slots=True)
+class _Probing:
+    """Of steps of about one size: how many since the last probe, how many from one to the next, and what was
+    decided at the last one."""
+
+    since: int = 0
+    every: int = _PROBE_EVERY
+    paid: bool = False
+
+    def is_due(self, pays: bool) -> bool:
+        """Whether this step is to be one. A decision that changed is tried again soon."""
+        if pays != self.paid:
+            self.paid, self.every = pays, _PROBE_EVERY
+        if self.since < self.every:
+            return False
+        self.since, self.every = 0, min(2 * self.every, _PROBE_AT_LEAST_EVERY)
+        return True
+
+
 class MicroBatchModel:
     """Decides step by step.
 
@@ -100,7 +122,7 @@ class MicroBatchModel:
         self.policy, self.overlaps, self.parallelism = policy, overlaps, parallelism
         self._lines = self._trunk, self._experts, self._link = Line(), Line(), Line()
         self._single = self._double = self._probes = 0
-        self._since_probe = 0
+        self._probing: defaultdict[int, _Probing] = defaultdict(_Probing)  # by binary digits of a step's tokens
         self._correction = 1.0  # what two micro-batches take over what was expected
         self._predicted_gain = self._measured_gain = 0.0
 
@@ -110,13 +132,14 @@ class MicroBatchModel:
             return self.policy == "always"
         if not self.overlaps or not self._single:
             return False
-        self._since_probe += 1
+        probing = self._probing[tokens.bit_length()]
+        probing.since += 1
         one = self._one_s(tokens)
         self._predicted_gain = one / max(_TINY, self._two_s(tokens) * self._correction)
         pays = self._predicted_gain >= _LEAST_GAIN
-        if self._since_probe < _PROBE_EVERY or not (pays or one >= _LEAST_GAIN * self._least_two_s(tokens)):
+        might_pay = pays or one >= _LEAST_GAIN * self._least_two_s(tokens)
+        if not might_pay or not probing.is_due(pays):
             return pays
-        self._since_probe = 0
         self._probes += 1
         return not pays
 

@@ -138,6 +138,8 @@ class Scheduler:
     def plan(self) -> list[StepItem]:
         """The next step: all that decode, the most important first, and prompts as far as the budget goes.
         Preempts where blocks run out."""
+        for generation in self.running:
+            self._adopt(generation)
         decoding = sorted((g for g in self.running if g.pending == 1), key=lambda g: g.order)
         for generation in decoding:
             while generation.blocks and len(generation.blocks) * self.pool.block_tokens <= generation.computed:
@@ -149,8 +151,50 @@ class Scheduler:
         # In the order of the queue, whatever their classes: while work of a higher one keeps coming, a prompt that
         # holds its seat and its blocks would else wait for ever.
         prefilling = sorted((g for g in self.running if g.pending > 1), key=lambda g: (g.key, g.number))
-        counts = share_prefill(_wanted(prefilling), self._prefill_budget(len(items)))
+        counts = share_prefill(self._wanted(prefilling), self._prefill_budget(len(items)))
         return items + [_item(g, count) for g, count in zip(prefilling, counts, strict=True) if count]
+
+    def _wanted(self, prefilling: Sequence[Generation]) -> list[int]:
+        """Tokens that each prompt could use in this step. One that goes on with a block that another before it is
+        about to compute waits for that block."""
+        rows, wanted = _PROMPT_LOGPROB_ROWS, []
+        claimed: set[bytes] = set()
+        for generation in prefilling:
+            if generation.wants_prompt_logprobs:
+                count = min(generation.pending, rows)
+                rows -= count
+            else:
+                count = 0 if claimed.intersection(self._coming(generation)[:1]) else generation.pending
+            if count and self.pool.reuse_prefixes:
+                claimed.update(generation._hashes[generation._published :])
+            wanted.append(count)
+        return wanted
+
+    def _adopt(self, generation: Generation) -> None:
+        """Takes blocks that became known since the sequence was admitted in place of its own empty ones."""
+        if generation.pending == 1 or generation.wants_prompt_logprobs:
+            return
+        known = self.pool.find(self._coming(generation))
+        if not known:
+            return
+        first, stop = generation._published, generation._published + len(known)
+        self.pool.hold(known)
+        self.pool.release(generation.blocks[first:stop])
+        generation.blocks[first:stop] = known
+        generation._published = stop
+        generation.computed = stop * self.pool.block_tokens
+        if not generation.generated:
+            tokens = len(known) * self.pool.block_tokens
+            generation.cached_tokens = (generation.cached_tokens or 0) + tokens
+            self.pool.count_lookup(0, tokens)
+
+    def _coming(self, generation: Generation) -> list[bytes]:
+        """Hashes of the blocks that a sequence computes next and may take instead, if it stands at the beginning
+        of one. The last token is always computed, for its logits."""
+        block_tokens = self.pool.block_tokens
+        if generation.computed != generation._published * block_tokens:
+            return []
+        return generation._hashes[generation._published : (len(generation.tokens) - 1) // block_tokens]
 
     def take_fresh(self) -> list[int]:
         """Blocks that got a new owner since the last call, and are to be cleared."""
@@ -254,17 +298,6 @@ def share_prefill(pending: Sequence[int], budget: int) -> list[int]:
                 counts[index] += count
                 left -= count
     return counts
-
-
-def _wanted(prefilling: Sequence[Generation]) -> list[int]:
-    rows, wanted = _PROMPT_LOGPROB_ROWS, []
-    for generation in prefilling:
-        count = generation.pending
-        if generation.wants_prompt_logprobs:
-            count = min(count, rows)
-            rows -= count
-        wanted.append(count)
-    return wanted
 
 
 def _item(generation: Generation, count: int) -> StepItem:

@@ -28,7 +28,7 @@ class Stream:
 
     Attributes:
         state: what sampling remembers of it.
-        generation: once it runs.
+        generation: once it runs; before, where it was tried and did not fit, its `candidate`.
         chunks: for the reader; an error ends them.
     """
 
@@ -36,6 +36,7 @@ class Stream:
         self.request, self.state = request, state
         self._times, self._last = times, arrived
         self.generation: Generation | None = None
+        self.candidate: Generation | None = None
         self.chunks: asyncio.Queue[TokenChunk | PimoeError] = asyncio.Queue()
         self._begun = False
 
