@@ -41,6 +41,12 @@ class Line:
         self._y = _FORGETTING * self._y + seconds
         self._ty = _FORGETTING * self._ty + tokens * seconds
 
+    def forget(self) -> None:
+        """Time passes without a measurement: the next one tells more."""
+        self._n, self._t, self._tt, self._y, self._ty = (
+            _FORGETTING * value for value in (self._n, self._t, self._tt, self._y, self._ty)
+        )
+
     @property
     def mean_s(self) -> float:
         """Of the latest measurements; 0 before any."""
@@ -99,10 +105,14 @@ class _Probing:
     every: int = _PROBE_EVERY
     paid: bool = False
 
-    def is_due(self, pays: bool) -> bool:
-        """Whether this step is to be one. A decision that changed is tried again soon."""
+    def decide(self, pays: bool) -> None:
+        """Another step. A decision that changed is tried again soon."""
+        self.since += 1
         if pays != self.paid:
             self.paid, self.every = pays, _PROBE_EVERY
+
+    def is_due(self) -> bool:
+        """Whether the step is to be a probe."""
         if self.since < self.every:
             return False
         self.since, self.every = 0, min(2 * self.every, _PROBE_AT_LEAST_EVERY)
@@ -132,13 +142,13 @@ class MicroBatchModel:
             return self.policy == "always"
         if not self.overlaps or not self._single:
             return False
-        probing = self._probing[tokens.bit_length()]
-        probing.since += 1
         one = self._one_s(tokens)
         self._predicted_gain = one / max(_TINY, self._two_s(tokens) * self._correction)
         pays = self._predicted_gain >= _LEAST_GAIN
+        probing = self._probing[tokens.bit_length()]
+        probing.decide(pays)
         might_pay = pays or one >= _LEAST_GAIN * self._least_two_s(tokens)
-        if not might_pay or not probing.is_due(pays):
+        if not might_pay or not probing.is_due():
             return pays
         self._probes += 1
         return not pays
@@ -163,11 +173,17 @@ class MicroBatchModel:
         for times in (first, second):
             self._trunk.observe(times.tokens, times.trunk_s)
             self._experts.observe(times.tokens, times.expert_s)
+        self._link.forget()
         weight = 1.0 if self._double == 1 else _SMOOTHING
         gain = self._one_s(tokens) / max(_TINY, total_s)
         self._measured_gain += (gain - self._measured_gain) * weight
         ratio = min(4.0, max(0.25, total_s / max(_TINY, self._two_s(tokens))))
-        self._correction += (ratio - self._correction) * (0.5 if self._double == 1 else _SMOOTHING)
+        probing = self._probing[tokens.bit_length()]
+        # Probes are few: one tells as much of how it is now as many steps would. A correction that was learnt
+        # while the lines were wrong would else outlive their mending by hundreds of steps.
+        self._correction += (ratio - self._correction) * (_SMOOTHING if probing.paid else 0.5)
+        if not probing.paid and gain >= _LEAST_GAIN:
+            probing.every = _PROBE_EVERY
 
     def statistics(self) -> MicroBatchStatistics:
         """See `MicroBatchStatistics`."""
