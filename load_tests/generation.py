@@ -112,7 +112,7 @@ class Way:
 # The ways ------------------------------------------------------------------------------------------------------
 
 
-def _over_http(client: AsyncClient) -> Generate:
+def over_http(client: AsyncClient) -> Generate:
     async def generate(prompt: list[int], max_tokens: int) -> AsyncGenerator[int, None]:
         async with client.stream(
             prompt, max_tokens=max_tokens, temperature=0, ignore_eos=True, cache=False, timeout_s=_TIMEOUT_S
@@ -147,7 +147,7 @@ async def _open_ways(stack: AsyncExitStack, folder: Path, threads: set[int], gro
     ways.append(await local(f"in-process, {groups} groups", 1, groups, "in-process"))
     ways.append(await local(f"{groups} group processes", 1, groups, "processes"))
     client = await stack.enter_async_context(AsyncClient(url))
-    return [*ways, Way(f"served over HTTP, {groups} groups", 1, _over_http(client))]
+    return [*ways, Way(f"served over HTTP, {groups} groups", 1, over_http(client))]
 
 
 # The measurement -----------------------------------------------------------------------------------------------
