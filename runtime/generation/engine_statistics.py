@@ -10,9 +10,9 @@ from .micro_batches import MicroBatchStatistics
 
 
 class EngineStatistics(NamedTuple):
-    """The queue, what runs and what was preempted, the KV cache (bytes of the blocks in use, and all about them),
-    and since start: preemptions, steps, tokens prefilled, decoded; seconds of steps; histograms of seconds to the
-    first token and between tokens. And what was learnt of how long a step takes."""
+    """The queue, what runs and what was preempted, the KV cache (bytes of the blocks that hold something, and all
+    about them), and since start: preemptions, steps, tokens prefilled, decoded; seconds of steps; histograms of
+    seconds to the first token and between tokens. And what was learnt of how long a step takes."""
 
     queue: QueueStatistics
     running: int
