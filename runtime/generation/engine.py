@@ -275,15 +275,10 @@ class Engine:
             else:
                 self._prefill_tokens += item.count
         with torch.inference_mode():
-            rows = torch.split(logits, [item.outputs for item in items])
-            for item, item_logits in zip(items, rows, strict=True):
-                if item.generation.wants_prompt_logprobs:
-                    note_prompt_logprobs(item, item_logits)
-            sampling = [index for index, item in enumerate(items) if item.samples]
-            generations = [items[index].generation for index in sampling]
-            # The empty rows are for a step of which nothing but logprobs of prompts is wanted.
-            chosen = [rows[index][-1:] for index in sampling]
-            last = logits if len(sampling) == len(logits) else torch.cat([logits[:0], *chosen])
+            generations = [item.generation for item in items if item.samples]
+            last = logits
+            if len(generations) != len(logits) or any(g.wants_prompt_logprobs for g in generations):
+                last = _without_prompts(items, logits)
             states = [self._streams[generation].state for generation in generations]
             tokens, logprobs = sample(last, states, [len(generation.tokens) for generation in generations])
         self.scheduler.advance(items)
@@ -329,3 +324,12 @@ class Engine:
             self.scheduler.remove(generation)
             self._admission.note_end(self._clock() - generation.admitted)
             del self._streams[generation]
+
+
+def _without_prompts(items: Sequence[StepItem], logits: torch.Tensor) -> torch.Tensor:
+    """Notes logprobs of prompts; the rows that tokens are chosen from, possibly none."""
+    rows = torch.split(logits, [item.outputs for item in items])
+    for item, item_logits in zip(items, rows, strict=True):
+        if item.generation.wants_prompt_logprobs:
+            note_prompt_logprobs(item, item_logits)
+    return torch.cat([logits[:0], *(each[-1:] for item, each in zip(items, rows, strict=True) if item.samples)])
