@@ -92,7 +92,7 @@ class RouterReplica:
         """For discovery and the status page; called by broadcast."""
         return {
             **identity(self._server.addresses),
-            "model": self._trunk.info.to_wire(),
+            "model": self._router.model.to_wire(),
             "weights_bytes": self._trunk.weights_bytes,
             "groups": [_describe_pool(pool) for pool in self._pools],
             "refused_settings": self._live.refused,

@@ -68,7 +68,9 @@ def test_every_field_of_the_model_changes_the_key(name: str) -> None:
     assert infer_key(other, explicit) != infer_key(MODEL, explicit)
 
 
-@pytest.mark.parametrize("change", [{"tokenizer_digest": "x"}, {"placement": ((0, 1), (2, 3))}, {"batch_invariant": True}])
+@pytest.mark.parametrize(
+    "change", [{"tokenizer_digest": "x"}, {"placement": ((0, 1), (2, 3))}, {"batch_invariant": True}]
+)
 def test_what_is_served_changes_the_key(change: dict[str, Any]) -> None:
     other = Serving(**change)
     assert generate_key(MODEL, GENERATE, serving=other) != generate_key(MODEL, GENERATE)

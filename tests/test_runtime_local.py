@@ -135,7 +135,7 @@ async def test_folders_that_hold_no_model_are_refused(tmp_path: Path, folders: d
     other = make_checkpoint("olmoe", tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
-    with pytest.raises(UnknownFamilyError, match="known: .*mixtral, olmoe, pimoe_layer, qwen2_moe, qwen3_moe"):
+    with pytest.raises(UnknownFamilyError, match=r"known: .*mixtral, olmoe, pimoe_layer, qwen2_moe, qwen3_moe"):
         await LocalRuntime.start(other)
 
 

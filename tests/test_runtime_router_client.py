@@ -24,10 +24,12 @@ from pimoe.runtime.errors import (
     RequestCancelledError,
     UnavailableError,
 )
+from pimoe.runtime.generation.limits import EngineLimits
 from pimoe.runtime.links import Call, Endpoint, LinkPool, LinkServer, Reply
 from pimoe.runtime.links.addresses import new_unix_address
 from pimoe.runtime.requests import GenerateRequest, InferRequest, ModelInfo, TokenChunk
 from pimoe.runtime.router.client import RouterClient
+from pimoe.runtime.router.limits import RouterLimits
 from pimoe.runtime.router.router import Router
 from pimoe.runtime.router.server import RouterHandler
 from pimoe.runtime.tensors import from_wire, to_wire
@@ -140,6 +142,19 @@ async def test_the_model_is_what_discovery_tells(served: Served, folder: Path) -
     served.discovered.clear()
     await eventually(lambda: not served.pool.endpoints)
     assert served.client.model == router.model, "the last one seen is remembered"
+
+
+async def test_a_model_has_the_context_that_every_router_has_memory_for(served: Served, folder: Path) -> None:
+    small = RouterLimits(engine=EngineLimits(kv_blocks=5, block_tokens=4, drain_s=0.0))
+    for limits in (None, small):
+        await served.add(make_router(folder, limits=limits))
+    await served.pool.start()
+    await eventually(lambda: len(served.pool.endpoints) == 2)
+    assert served.client.model.max_context_tokens == 20
+    assert served.client.model is served.client.model
+    del served.discovered[1]
+    await eventually(lambda: len(served.pool.endpoints) == 1)
+    assert served.client.model.max_context_tokens == 256
 
 
 # Errors keep their class.
@@ -348,6 +363,27 @@ async def test_a_router_that_ends_a_stream_without_a_reason_is_given_up(served: 
     answer = await read(served.client.generate(request(PROMPT, 10)))
     assert (answer.tokens, answer.reason) == (own.tokens, "length")
     assert asked_for[:2] == [0, 2]
+
+
+async def test_only_the_first_chunk_of_all_tells_of_the_prompt(served: Served, folder: Path) -> None:
+    """What a second router computes of the prompt again is nobody's business."""
+    asked = request(PROMPT, 10, prompt_logprobs=0)
+    own = await alone(folder, asked)
+    router = make_router(folder)
+
+    async def cut_short(call: Call) -> AsyncIterator[Reply]:
+        if not call.meta["emitted"]:
+            yield Reply(replace(own.chunks[0], cached_tokens=4).to_wire())
+        elif not served.routers:
+            await served.add(router)
+
+    await served.add_handler(cut_short, router.model)
+    await served.pool.start()
+    answer = await read(served.client.generate(asked))
+    assert answer.tokens == own.tokens
+    assert own.chunks[0].prompt_logprobs is not None
+    assert [chunk.prompt_logprobs for chunk in answer.chunks] == [own.chunks[0].prompt_logprobs, *[None] * 9]
+    assert [chunk.cached_tokens for chunk in answer.chunks] == [4, *[0] * 9]
 
 
 async def test_a_router_that_answers_a_tensor_with_nothing_is_an_error(served: Served, folder: Path) -> None:

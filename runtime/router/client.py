@@ -42,11 +42,13 @@ class RouterClient:
         Raises:
             UnavailableError: no router has been seen yet.
         """
-        for endpoint in self.pool.endpoints.values():
-            wire = endpoint.info["model"]
-            if self._model is None or wire["weights_digest"] != self._model.weights_digest:
-                self._model = ModelInfo.from_wire(wire)
-            break
+        wires = [endpoint.info["model"] for endpoint in self.pool.endpoints.values()]
+        if wires:
+            # Routers may have memory for contexts of different lengths: any of them may get a request.
+            least = min(wire["max_context_tokens"] for wire in wires)
+            found = (wires[0]["weights_digest"], least)
+            if self._model is None or found != (self._model.weights_digest, self._model.max_context_tokens):
+                self._model = ModelInfo.from_wire({**wires[0], "max_context_tokens": least})
         if self._model is None:
             raise UnavailableError("no router is ready yet", retry_after_s=1.0)
         return self._model
@@ -65,7 +67,7 @@ class RouterClient:
         deadline = time.monotonic() + request.timeout_s
         emitted = list(request.emitted)
         while True:
-            attempt = replace(request, emitted=tuple(emitted))
+            attempt = _rest(request, emitted)
             async with self.pool.acquire(deadline) as link:
                 remaining_s = deadline - time.monotonic()
                 if remaining_s <= 0:
@@ -76,6 +78,8 @@ class RouterClient:
                     ) as replies:
                         async for reply in replies:
                             chunk = TokenChunk.from_wire(reply.meta)
+                            if emitted:  # what first chunks tell was told by an earlier router
+                                chunk = replace(chunk, cached_tokens=0, prompt_logprobs=None)
                             emitted += chunk.token_ids
                             yield chunk
                             if chunk.finish_reason is not None:
@@ -89,3 +93,10 @@ class RouterClient:
                     if not link.client.draining:
                         raise
                 self.pool.resent += 1
+
+
+def _rest(request: GenerateRequest, emitted: list[int]) -> GenerateRequest:
+    """What is still to be generated; logprobs of the prompt came with the first token."""
+    if len(emitted) == len(request.emitted):
+        return request
+    return replace(request, emitted=tuple(emitted), sampling=replace(request.sampling, prompt_logprobs=None))

@@ -59,6 +59,8 @@ class Router:
         self._layer_s = 0.0
         if decoder is not None:
             self.engine = Engine(decoder, dispatcher, limits.engine, limits.batching, limits.queue, folder=folder)
+            # What fits the KV cache here may be less than the model could take.
+            self._model = replace(model, max_context_tokens=self.engine.max_context_tokens)
 
     def start(self) -> None:
         """Begin to serve, on the running event loop."""
