@@ -253,7 +253,8 @@ def _auto(rows: Sequence[Rate]) -> Iterator[str]:
     cases: dict[tuple[str, str, int], dict[str, Rate]] = {}
     for row in rows:
         cases.setdefault((row.model, row.link, row.sequences), {})[row.way] = row
-    whole = [case for case in cases.values() if len(case) == 3]
+    # One sequence cannot be split: its three ways are the same, and their ratios noise.
+    whole = [case for case in cases.values() if len(case) == 3 and case[NEVER].sequences > 1]
     if not whole:
         return
     losing = [case[AUTO] for case in whole if case[AUTO].ratio < 1 - AUTO_LOSS]
