@@ -24,7 +24,8 @@ from pimoe.runtime.loop_thread import new_event_loop
 from random_model import write_random_model
 from report import machine, machine_line, parser, progress, publish
 from switch_engines import start_runtime
-from switch_measurements import Loaded, Preset, batch_invariance, budgets, micro_batches, proofs, reuse_prefixes
+from switch_measurements import Loaded, Preset, batch_invariance, micro_batches, proofs
+from switch_prompts import budgets, reuse_prefixes
 from switch_results import OFF, ON, Results, summary, tables
 
 EMBEDDED, WIDE_FLOAT32, WIDE_BFLOAT16 = "embedded", "wide-float32", "wide-bfloat16"
