@@ -68,7 +68,7 @@ def test_it_finds_out_what_pays_although_the_batch_never_changes(machine: Machin
     assert 190 <= sum(decisions) < 200 if pays else sum(decisions) <= 10, "but for a probe now and then"
     statistics = model.statistics()
     assert statistics.single + statistics.double == 600
-    if statistics.probes:
+    if statistics.probes and not pays:  # while steps run as two, the line of the link is from before
         assert statistics.predicted_gain == pytest.approx(machine.one_s(128) / machine.two_s(128), rel=0.1)
     if pays:
         assert statistics.measured_gain == pytest.approx(machine.one_s(128) / machine.two_s(128), rel=0.1)

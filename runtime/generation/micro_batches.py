@@ -8,7 +8,8 @@ compute less well, so it pays only where a good part of a step is waiting. Each 
 tokens, learnt from the steps as they run. What lines cannot know of sizes that never ran is found out by a probe
 now and then, a step run the other way, where lines without fixed costs say that it might pay; the more seldom, the
 more probes of such a size changed nothing, since a step run the wrong way may take twice its time. What lines get
-wrong (cores that are shared, a noisy machine) is corrected by what two micro-batches really took.
+wrong (cores that are shared, a noisy machine) does not last: once steps of about one size were run both ways, what
+they really took decides.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ _LEAST_GAIN = 1.05
 _PROBE_EVERY = 32
 _PROBE_AT_LEAST_EVERY = 256
 _SMOOTHING = 0.1
+_PROBE_WEIGHT = 0.5
 _TINY = 1e-9
 
 
@@ -99,11 +101,29 @@ class MicroBatchStatistics(NamedTuple):
 @dataclass(slots=True)
 class _Probing:
     """Of steps of about one size: how many since the last probe, how many from one to the next, and what was
-    decided at the last one."""
+    decided at the last one; and the smoothed seconds per token of steps in one and in two."""
 
     since: int = 0
     every: int = _PROBE_EVERY
     paid: bool = False
+    single: float = 0.0
+    double: float = 0.0
+
+    def measured_gain(self) -> float | None:
+        """How many times as fast two were; None before both were seen."""
+        return self.single / self.double if self.single and self.double else None
+
+    def observe_single(self, per_token_s: float) -> None:
+        """A step ran in one. Probes are few: one tells as much of how it is now as several steps would."""
+        weight = _PROBE_WEIGHT if self.paid else _SMOOTHING
+        self.single += (per_token_s - self.single) * (weight if self.single else 1.0)
+
+    def observe_double(self, per_token_s: float) -> None:
+        """A step ran in two."""
+        weight = _SMOOTHING if self.paid else _PROBE_WEIGHT
+        self.double += (per_token_s - self.double) * (weight if self.double else 1.0)
+        if not self.paid and per_token_s * _LEAST_GAIN <= self.single:
+            self.every = _PROBE_EVERY  # something has changed
 
     def decide(self, pays: bool) -> None:
         """Another step. A decision that changed is tried again soon."""
@@ -133,7 +153,6 @@ class MicroBatchModel:
         self._lines = self._trunk, self._experts, self._link = Line(), Line(), Line()
         self._single = self._double = self._probes = 0
         self._probing: defaultdict[int, _Probing] = defaultdict(_Probing)  # by binary digits of a step's tokens
-        self._correction = 1.0  # what two micro-batches take over what was expected
         self._predicted_gain = self._measured_gain = 0.0
 
     def wants_two(self, tokens: int) -> bool:
@@ -143,9 +162,10 @@ class MicroBatchModel:
         if not self.overlaps or not self._single:
             return False
         one = self._one_s(tokens)
-        self._predicted_gain = one / max(_TINY, self._two_s(tokens) * self._correction)
-        pays = self._predicted_gain >= _LEAST_GAIN
+        self._predicted_gain = one / max(_TINY, self._two_s(tokens))
         probing = self._probing[tokens.bit_length()]
+        measured = probing.measured_gain()
+        pays = (self._predicted_gain if measured is None else measured) >= _LEAST_GAIN
         probing.decide(pays)
         might_pay = pays or one >= _LEAST_GAIN * self._least_two_s(tokens)
         if not might_pay or not probing.is_due():
@@ -159,7 +179,8 @@ class MicroBatchModel:
         link_s = max(0.0, times.waited_s - times.expert_s)
         for line, seconds in zip(self._lines, (times.trunk_s, times.expert_s, link_s), strict=True):
             line.observe(times.tokens, seconds)
-        self._correction += (1.0 - self._correction) / 1000  # what was wrong once is tried again some day
+        taken_s = times.trunk_s + times.waited_s
+        self._probing[times.tokens.bit_length()].observe_single(taken_s / times.tokens)
 
     def observe_two(self, first: ForwardTimes, second: ForwardTimes, total_s: float) -> None:
         """Learn from a step that ran as two. What each waited says nothing of the link: it waited for the other,
@@ -174,16 +195,9 @@ class MicroBatchModel:
             self._trunk.observe(times.tokens, times.trunk_s)
             self._experts.observe(times.tokens, times.expert_s)
         self._link.forget()
-        weight = 1.0 if self._double == 1 else _SMOOTHING
-        gain = self._one_s(tokens) / max(_TINY, total_s)
-        self._measured_gain += (gain - self._measured_gain) * weight
-        ratio = min(4.0, max(0.25, total_s / max(_TINY, self._two_s(tokens))))
         probing = self._probing[tokens.bit_length()]
-        # Probes are few: one tells as much of how it is now as many steps would. A correction that was learnt
-        # while the lines were wrong would else outlive their mending by hundreds of steps.
-        self._correction += (ratio - self._correction) * (_SMOOTHING if probing.paid else 0.5)
-        if not probing.paid and gain >= _LEAST_GAIN:
-            probing.every = _PROBE_EVERY
+        probing.observe_double(total_s / tokens)
+        self._measured_gain = probing.measured_gain() or 0.0
 
     def statistics(self) -> MicroBatchStatistics:
         """See `MicroBatchStatistics`."""
