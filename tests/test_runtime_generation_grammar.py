@@ -15,7 +15,7 @@ import jsonschema
 import pytest
 import torch
 from grammars import EMBEDDED, EMBEDDED_END, EMBEDDED_VOCAB, compiled, generate, tokenizer_of, train_bpe
-from pimoe.runtime.errors import InvalidRequestError
+from pimoe.runtime.errors import InvalidRequestError, OverloadedError
 from pimoe.runtime.generation import grammar as grammar_module
 from pimoe.runtime.generation.grammar import GrammarMatcher
 from pimoe.runtime.generation.grammar_compiler import GrammarCompiler
@@ -223,29 +223,64 @@ async def test_logits_of_nan_end_their_own_row_only(compiler: GrammarCompiler) -
     assert states[1].finished_by_grammar
 
 
-async def test_what_others_used_up_is_not_missed() -> None:
-    """All matchers of one compiled grammar share its lexer's states, of which there are so many and no more."""
+@pytest.fixture
+async def cramped() -> AsyncIterator[GrammarCompiler]:
+    """All matchers of one compiled grammar share its lexer's states, of which there are few here."""
     compiler = GrammarCompiler(EMBEDDED, EMBEDDED_VOCAB, EMBEDDED_END, GrammarLimits(max_states=1000))
-    matchers = []
-    try:
-        for seed in range(12):
-            matchers.append(await compiled(compiler, "regex", "(a|b)*a(a|b){18}"))
-            numbers = random.Random(seed)
-            for _ in range(100):
-                assert next_bytes(matchers[-1]) in ("ab", "a", "b")
-                spell(matchers[-1], numbers.choice("ab"))
-        assert [matcher.error for matcher in matchers] == [None] * 12
-    finally:
-        compiler.close()
+    yield compiler
+    compiler.close()
 
 
-async def test_a_grammar_with_too_many_states_of_its_own_fails(compiler: GrammarCompiler) -> None:
-    matcher = await compiled(compiler, "regex", "[ab]a{1000000}")
-    for _ in range(20):
-        spell(matcher, "a")
+EXPLODING = "(a|b)*a(a|b){18}"
+
+
+def wander(matcher: GrammarMatcher, seed: int, tokens: int) -> None:
+    """Each seed needs states of its own."""
+    numbers = random.Random(seed)
+    for _ in range(tokens):
         matcher.allowed()
-    assert matcher.error is not None
+        spell(matcher, numbers.choice("ab"))
+
+
+async def test_where_others_used_up_the_states_a_request_may_be_sent_again(cramped: GrammarCompiler) -> None:
+    matchers = [await compiled(cramped, "regex", EXPLODING) for _ in range(12)]
+    for seed, matcher in enumerate(matchers):
+        wander(matcher, seed, 100)
+    errors = [matcher.error for matcher in matchers]
+    assert errors[0] is None
+    assert isinstance(errors[-1], OverloadedError)
+    assert errors[-1].retry_after_s is not None
+    again = await compiled(cramped, "regex", EXPLODING)
+    wander(again, 11, 100)
+    assert again.error is None, "it shares nothing with those before"
+
+
+async def test_a_step_compiles_nothing(cramped: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    matchers = [await compiled(cramped, "regex", EXPLODING) for _ in range(12)]
+    monkeypatch.setattr(GrammarCompiler, "_compile_new", None)
+    cramped.close()
+    for seed, matcher in enumerate(matchers):
+        wander(matcher, seed, 100)
+    assert matchers[-1].error is not None
+
+
+async def test_a_grammar_with_too_many_states_of_its_own_fails(cramped: GrammarCompiler) -> None:
+    matcher = await compiled(cramped, "regex", EXPLODING)
+    wander(matcher, 0, 3000)
+    assert isinstance(matcher.error, InvalidRequestError)
     assert "too many" in matcher.error.message
+
+
+async def test_emitted_tokens_may_be_replayed_later_where_others_used_up_the_states(
+    cramped: GrammarCompiler,
+) -> None:
+    matchers = [await compiled(cramped, "regex", EXPLODING) for _ in range(12)]
+    for seed, matcher in enumerate(matchers[:-1]):
+        wander(matcher, seed, 100)
+    numbers = random.Random(11)
+    emitted = [ord(numbers.choice("ab")) for _ in range(100)]
+    with pytest.raises(OverloadedError, match="try again"):
+        state_of(SamplingParams(), EMBEDDED_VOCAB, emitted=emitted, grammar=matchers[-1])
 
 
 async def test_a_generation_has_a_budget_for_its_grammar(

@@ -218,17 +218,6 @@ async def test_the_loop_is_free_while_a_grammar_is_compiled(make: Make, monkeypa
     assert (await task).error is None
 
 
-async def test_a_grammar_that_takes_too_long_is_refused(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    held = Held(monkeypatch)
-    compiler = make(compile_s=0.05)
-    with pytest.raises(InvalidRequestError, match=r"compiling it takes more than 0\.05 s"):
-        await compiled(compiler, "regex", "a")
-    with pytest.raises(OverloadedError, match="of other requests are being compiled"):
-        await compiled(compiler, "regex", "b")
-    held.go.set()
-    assert (await compiled(make(), "regex", "b")).error is None
-
-
 async def test_the_deadline_of_the_request_holds(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     held = Held(monkeypatch)
     with pytest.raises(DeadlineExceededError, match="while its grammar was compiled"):

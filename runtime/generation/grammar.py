@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import InvalidRequestError
+from ..errors import InvalidRequestError, OverloadedError, PimoeError
+from .grammar_source import brief
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 # Computing time that a generation may spend in its grammar: so much at once, and so much more for each token. A
 # usual grammar takes 0.3 ms a token with a vocabulary of 150,000.
 _BUDGET_S, _BUDGET_PER_TOKEN_S = 2.0, 0.01
-_MAX_MESSAGE_CHARS = 300
+_RETRY_AFTER_S = 1.0
+_USED_UP = "lexer error: too many states"  # `stop_reason()` does not tell it from a token that is not allowed
 
 
 class GrammarMatcher:
@@ -33,27 +35,27 @@ class GrammarMatcher:
         matcher: at the beginning; what it learns of the grammar it may share with other requests' matchers.
         vocab_size: of the model.
         mask_tokens: how many tokens llguidance knows, at least as many.
-        rebuild: a matcher at the beginning that shares nothing, or None where that fails.
+        used_up: called when the matcher has run out of lexer states; whether other requests have drawn on them.
 
     Attributes:
         error: why the generation cannot go on.
     """
 
-    __slots__ = ("_mask", "_matcher", "_rebuild", "_spent_s", "_tokens", "_vocab_size", "error")
+    __slots__ = ("_mask", "_matcher", "_spent_s", "_tokens", "_used_up", "_vocab_size", "error")
 
     def __init__(
         self,
         matcher: LLMatcher,
         vocab_size: int,
         mask_tokens: int,
-        rebuild: Callable[[], LLMatcher | None],
+        used_up: Callable[[], bool],
     ) -> None:
         self._matcher, self._vocab_size = matcher, vocab_size
         self._mask = np.zeros((mask_tokens + 31) // 32, dtype=np.int32)
-        self._rebuild: Callable[[], LLMatcher | None] | None = rebuild
-        self._tokens: list[int] = []
+        self._used_up = used_up
+        self._tokens = 0
         self._spent_s = 0.0
-        self.error: InvalidRequestError | None = None
+        self.error: PimoeError | None = None
 
     @property
     def finished(self) -> bool:
@@ -83,7 +85,7 @@ class GrammarMatcher:
     def accept(self, token: int) -> None:
         """`token` came next. One that is not allowed leads to an `error`."""
         if self.error is None:
-            self._tokens.append(token)
+            self._tokens += 1
             self._timed(lambda: self._matcher.consume_token(token))
 
     def _fill_mask(self) -> None:
@@ -93,25 +95,21 @@ class GrammarMatcher:
         # This thread's computing time, not the clock: a busy machine is not the grammar's fault.
         started = time.thread_time()
         work()
-        if self._matcher.is_error() and self._recover() and work == self._fill_mask:
-            work()
         if self._matcher.is_error():
-            self._fail(f"it is too complex, or was left: {brief(self._matcher.get_error())}")
+            self._fail_by_matcher()
         self._spent_s += time.thread_time() - started
-        if self._spent_s > _BUDGET_S + _BUDGET_PER_TOKEN_S * len(self._tokens):
+        if self._spent_s > _BUDGET_S + _BUDGET_PER_TOKEN_S * self._tokens:
             self._fail("following it takes too long")
 
-    def _recover(self) -> bool:
-        """Go on, once, with a matcher that shares nothing. The states of a lexer are bounded, and all matchers
-        made of one compiled grammar draw on the same: this one may have failed by what others had used up."""
-        if self._rebuild is None:
-            return False
-        rebuild, self._rebuild = self._rebuild, None
-        fresh = rebuild()
-        if fresh is None:
-            return False
-        self._matcher = fresh
-        return fresh.consume_tokens(self._tokens)
+    def _fail_by_matcher(self) -> None:
+        """The states of a lexer are bounded, and all matchers made of one compiled grammar draw on the same: this
+        one may have failed by what others had used up. Compiling it again here would hold up the step."""
+        why = self._matcher.get_error()
+        if why.startswith(_USED_UP) and self._used_up():
+            message = "other requests have used up what this grammar may take of memory; try again"
+            self.error = OverloadedError(message, "grammar", _RETRY_AFTER_S)
+        else:
+            self._fail(f"it is too complex, or was left: {brief(why)}")
 
     def _fail(self, why: str) -> None:
         if self.error is None:
@@ -121,9 +119,3 @@ class GrammarMatcher:
 def ban_all_but(logits: Tensor, allowed: NDArray[np.bool_]) -> None:
     """Make what is not `allowed [vocab]` impossible in one row `[vocab]` of logits, in place."""
     logits.masked_fill_(torch.from_numpy(~allowed).to(logits.device), -math.inf)
-
-
-def brief(message: str) -> str:
-    """What llguidance says, without its dump of the state, at a length for an error message."""
-    told = " ".join(message.replace("<non-verbose/>", "").split("\n<state>")[0].split())
-    return told if len(told) <= _MAX_MESSAGE_CHARS else told[:_MAX_MESSAGE_CHARS] + " ..."

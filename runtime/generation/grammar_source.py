@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # Otherwise a small model may write blanks for ever.
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
+_MAX_MESSAGE_CHARS = 300
 _NAMES: dict[GrammarKind, str] = {
     "json_schema": "JSON schema",
     "json_object": "JSON object",
@@ -31,8 +32,10 @@ class GrammarLimits:
         max_schema_bytes: of a JSON schema's text.
         max_grammar_bytes: of any other grammar's text; llguidance takes quadratic time for some.
         compile_s: how long compiling one may take.
+        max_compiling: grammars that are compiled at once; each is first tried in a process of its own.
         max_compiled: compiled grammars that are kept, the last used ones.
         max_copies: requests that one compiled grammar serves before it is compiled anew; they share its memory.
+        refused_s: for so long a refused grammar is refused again without a look.
         max_waiting: requests that wait for a grammar at once.
         max_states: of one compiled grammar's lexer; each takes 1 to 2 kB.
     """
@@ -40,8 +43,10 @@ class GrammarLimits:
     max_schema_bytes: int = 64 << 10
     max_grammar_bytes: int = 16 << 10
     compile_s: float = 5.0
+    max_compiling: int = 2
     max_compiled: int = 32
-    max_copies: int = 256
+    max_copies: int = 64
+    refused_s: float = 60.0
     max_waiting: int = 64
     max_states: int = 20_000
 
@@ -120,3 +125,9 @@ def _lark_of_choices(source: str) -> str:
 def refused(kind: GrammarKind, why: str) -> InvalidRequestError:
     """The error for a grammar that is not accepted."""
     return InvalidRequestError(f"the {_NAMES.get(kind, kind)} is not accepted: {why}", "grammar")
+
+
+def brief(message: str) -> str:
+    """What llguidance says, without its dump of the state, at a length for an error message."""
+    told = " ".join(message.replace("<non-verbose/>", "").split("\n<state>")[0].split())
+    return told if len(told) <= _MAX_MESSAGE_CHARS else told[:_MAX_MESSAGE_CHARS] + " ..."

@@ -6,7 +6,7 @@ it is what it was after them.
 
 from __future__ import annotations
 
-from ..errors import InvalidRequestError, PimoeError
+from ..errors import InvalidRequestError, OverloadedError, PimoeError
 from ..requests import GenerateRequest
 from .grammar import GrammarMatcher
 from .penalties import LogitBias, TokenCounts
@@ -23,6 +23,7 @@ class SamplingState:
 
     Raises:
         InvalidRequestError: the `emitted` tokens do not match the grammar.
+        OverloadedError: other requests have used up what the grammar may take of memory.
     """
 
     __slots__ = ("_end_tokens", "_request", "bias", "counts", "generated", "grammar", "params")
@@ -75,14 +76,17 @@ class SamplingState:
 
     @property
     def error(self) -> PimoeError | None:
-        """Why the generation cannot go on: its grammar turned out to be too complex, or was left (by logits that
-        are NaN). The last token chosen is then not to be handed out."""
+        """Why the generation cannot go on: its grammar turned out to be too complex, alone or after what other
+        requests had used up, or was left (by logits that are NaN). The last token chosen is then not to be handed
+        out."""
         return None if self.grammar is None else self.grammar.error
 
 
 def _replay(grammar: GrammarMatcher, emitted: tuple[int, ...]) -> None:
     for place, token in enumerate(emitted):
         grammar.accept(token)
+        if isinstance(grammar.error, OverloadedError):
+            raise grammar.error
         if grammar.error is not None:
             raise InvalidRequestError(
                 f"token {token}, number {place} of emitted, does not match the grammar", "emitted"
