@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pimoe.deployments.api.prompt_cache import Chat, ChatPrompts, PromptCache, PromptCacheLimits
+from pimoe.deployments.api.prompt_cache import Chat, ChatPrompts, PromptCache, PromptCacheLimits, cannot_fit
 from pimoe.runtime.embedded import CHECKPOINT
 from pimoe.runtime.errors import ConfigurationError, InvalidRequestError
 from pimoe.runtime.model.chat import ChatTemplate
@@ -111,10 +111,35 @@ def test_a_template_that_reads_the_clock_is_rendered_each_time_and_tokenized_onc
 
 def test_texts_too_long_to_matter_are_not_tokenized() -> None:
     codec, prompts = made()
-    assert prompts.token_ids(Chat(HELLO), max_chars=3) is None
+    assert prompts.token_ids(Chat([{"content": "x" * 300}]), max_tokens=1) is None
+    assert prompts.token_ids(Chat(HELLO), max_tokens=0, whole=False) is None
     assert not codec.encoded
     assert prompts.token_ids(Chat(HELLO)) is not None
-    assert prompts.token_ids(Chat(HELLO), max_chars=3) is not None, "what is known costs nothing"
+    assert prompts.token_ids(Chat(HELLO), max_tokens=0) is not None, "what is known costs nothing"
+
+
+class MeasuringCodec(CountingCodec):
+    """Knows that no token is longer than two characters."""
+
+    def fewest_tokens(self, text: str, /) -> int:
+        return -(-len(text) // 2)
+
+
+def test_a_tokenizer_that_knows_its_longest_token_refuses_before_it_tokenizes() -> None:
+    codec = MeasuringCodec()
+    prompts = ChatPrompts(codec)
+    text = codec.render_chat(HELLO)
+    assert prompts.token_ids(Chat(HELLO), max_tokens=len(text) // 2 - 1) is None
+    assert not codec.encoded
+    assert prompts.token_ids(Chat(HELLO), max_tokens=-(-len(text) // 2)) is not None, "it might fit"
+
+
+def test_what_is_cut_afterwards_may_be_longer_than_what_fits() -> None:
+    codec = MeasuringCodec()
+    assert cannot_fit("aaaaa", codec, 2)
+    assert not cannot_fit("aaaa", codec, 2)
+    assert not cannot_fit("aaaaa", codec, 2, whole=False)
+    assert cannot_fit("a" * 513, codec, 2, whole=False)
 
 
 def test_counts_of_texts_are_no_prompts() -> None:

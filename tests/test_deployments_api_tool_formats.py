@@ -58,6 +58,7 @@ CODER = (
     "<tool_call>\n<function=weather>\n<parameter=city>\nParis\nnord\n</parameter>\n<parameter=days>\n2\n</parameter>\n"
     "<parameter=zip>\n75001\n</parameter>\n</function>\n</tool_call>"
 )
+NOW: Answer = ("", "", [("now", "{}")])
 CASES: dict[str, tuple[str, str, Answer]] = {
     "hermes one": (
         "hermes",
@@ -142,7 +143,89 @@ CASES: dict[str, tuple[str, str, Answer]] = {
         f"So:\n{CODER}\n<tool_call>\n<function=now>\n</function>\n</tool_call>",
         ("So:", "", [("weather", '{"city":"Paris\\nnord","days":2,"zip":"75001"}'), ("now", "{}")]),
     ),
+    "hermes half a character": (
+        "hermes",
+        '<tool_call>{"name": "n\\ud800\\ud83d\\ude00", "arguments": {"a": "\\udc00"}}</tool_call>',
+        ("", "", [("n\ufffd😀", '{"a": "\\udc00"}')]),
+    ),
+    "hermes half a character in text": (
+        "hermes",
+        '<tool_call>{"arguments": "{\\"a\\": \\"\\udc00\\"}", "name": "now"}</tool_call>',
+        ("", "", [("now", '{"a": "\ufffd"}')]),
+    ),
+    "hermes arguments twice": (
+        "hermes",
+        '<tool_call>{"name": "now", "arguments": {"a": 1}, "parameters": [2], "arguments": 3}</tool_call>',
+        ("", "", [("now", '{"a": 1}')]),
+    ),
+    "hermes empty text": ("hermes", '<tool_call>{"name": "now", "arguments": ""}</tool_call>', NOW),
+    "mistral list as arguments": (
+        "mistral",
+        '[TOOL_CALLS][{"name": "now", "arguments": {}}, {"name": "now", "arguments": [1]}]',
+        ('{"name": "now", "arguments": [1]}]', "", [("now", "{}")]),
+    ),
+    "mistral no name": ("mistral", '[TOOL_CALLS][{"name": ""}]', ('{"name": ""}]', "", [])),
+    "mistral named list": (
+        "mistral",
+        '[TOOL_CALLS]now[ARGS][{"a": 1}] [TOOL_CALLS]now[ARGS] {}',
+        ('[TOOL_CALLS]now[ARGS][{"a": 1}]', "", [("now", "{}")]),
+    ),
+    "llama no name": ("llama", '{"name": " ", "parameters": {}}', ('{"name": " ", "parameters": {}}', "", [])),
+    "llama list": ("llama", '{"name": "f", "parameters": [{}]}', ('{"name": "f", "parameters": [{}]}', "", [])),
+    "deepseek list, then a call": (
+        "deepseek",
+        f'<｜tool▁call▁begin｜>weather<｜tool▁sep｜>[{{"a": 1}}]<｜tool▁call▁end｜>{DS31_ONE}',
+        (
+            '<｜tool▁call▁begin｜>weather<｜tool▁sep｜>[{"a": 1}]<｜tool▁call▁end｜>',
+            "",
+            [("weather", PARIS)],
+        ),
+    ),
+    "deepseek v3 list": (
+        "deepseek",
+        DS_ONE.replace(PARIS, "[1]") + DS_ONE,
+        (DS_ONE.replace(PARIS, "[1]"), "", [("weather", PARIS)]),
+    ),
+    "deepseek no name": (
+        "deepseek",
+        "<｜tool▁call▁begin｜> <｜tool▁sep｜>{}",
+        ("<｜tool▁call▁begin｜> <｜tool▁sep｜>{}", "", []),
+    ),
+    "harmony list": (
+        "harmony",
+        "<|channel|>commentary to=functions.now<|message|> [1, 2]<|end|><|channel|>final<|message|>So.",
+        ("<|channel|>commentary to=functions.now<|message|>[1, 2]So.", "", []),
+    ),
+    "harmony nothing": ("harmony", "<|channel|>commentary to=functions.now<|message|><|call|>", NOW),
+    "qwen3-coder no name": (
+        "qwen3-coder",
+        "<tool_call><function=></function></tool_call>",
+        ("<tool_call><function=></function></tool_call>", "", []),
+    ),
+    "qwen3-coder nested deeper than it can be written": (
+        "qwen3-coder",
+        f"<tool_call><function=now><parameter=days>{'[' * 300 + ']' * 300}</parameter></function></tool_call>",
+        ("", "", [("now", f'{{"days":"{"[" * 300 + "]" * 300}"}}')]),
+    ),
     "qwen3-coder junk": ("qwen3-coder", "<tool_call>x</tool_call>", ("<tool_call>x</tool_call>", "", [])),
+}
+
+
+NO_CALLS = [
+    '{"name": "", "arguments": {}}',
+    '{"name": " ", "arguments": {}}',
+    '{"arguments": {}, "name": ""}',
+    '{"name": "now", "arguments": [{"a": 1}]}',
+    '{"arguments": [], "name": "now"}',
+    '{"name": "now", "arguments": "[1]"}',
+    '{"name": "now", "arguments": "{} {}"}',
+    '{"name": "now", "arguments": 5}',
+    '{"name": "now", "arguments": nil}',
+    '{"name": "now", "arguments": true }',
+]
+CASES |= {
+    f"hermes none {at}": ("hermes", f"<tool_call>{call}</tool_call>", (f"<tool_call>{call}</tool_call>", "", []))
+    for at, call in enumerate(NO_CALLS)
 }
 
 

@@ -132,6 +132,35 @@ def test_calls_whole_and_streamed_at_every_cut(serving: Served, format: str) -> 
         ]
 
 
+@pytest.mark.parametrize("format", ["hermes", "mistral", "llama"])
+def test_half_a_character_in_a_name_is_replaced(serving: Served, format: str) -> None:
+    gateway, client = serving(format)
+    written = '{"name": "f\\ud800", "parameters": {}}'
+    before, after = {
+        "hermes": ("<tool_call>", "</tool_call>"),
+        "mistral": ("[TOOL_CALLS][", "]"),
+        "llama": ("", ""),
+    }[format]
+    gateway.script(before + written + after)
+    (call,) = ask(client).choices[0].message.tool_calls
+    assert (call.function.name, call.function.arguments) == ("f\ufffd", "{}")
+    content, calls, reason = assembled(ask(client, stream=True))
+    assert (content, reason) == (None, "tool_calls")
+    assert [(call["name"], call["arguments"]) for call in calls] == [("f\ufffd", "{}")]
+
+
+@pytest.mark.parametrize("written", ['{"name": "", "arguments": {}}', '{"name": "now", "arguments": [1]}'])
+def test_a_call_without_a_name_or_with_other_arguments_is_text(
+    hermes: tuple[ScriptedGateway, openai.OpenAI], written: str
+) -> None:
+    gateway, client = hermes
+    text = f"<tool_call>{written}</tool_call>"
+    gateway.script(text)
+    choice = ask(client).choices[0]
+    assert (choice.message.content, choice.message.tool_calls, choice.finish_reason) == (text, None, "stop")
+    assert assembled(ask(client, stream=True)) == (text, [], "stop")
+
+
 def test_a_call_alone_has_no_content(hermes: tuple[ScriptedGateway, openai.OpenAI]) -> None:
     gateway, client = hermes
     gateway.script('<tool_call>{"name": "now"}</tool_call>')

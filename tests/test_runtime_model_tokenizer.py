@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,54 @@ def test_streamed_text_adds_up_to_the_text_decoded_at_once(pair: tuple[Tokenizer
     stream = tokenizer.incremental()
     text = "".join(stream.push(ids[a:b]) for a, b in pairwise(cuts)) + stream.finish()
     assert text == tokenizer.decode(ids)
+
+
+@given(text=TEXT, special=st.booleans(), names=st.lists(st.sampled_from(["<|end|>", "</s>", "<think> now"])))
+def test_long_texts_are_encoded_and_decoded_as_short_ones_are(
+    pair: tuple[Tokenizer, Backend], text: str, special: bool, names: list[str]
+) -> None:
+    tokenizer, backend = pair
+    unit = text + "".join(names) or "a"
+    long = unit * (1 + 1100 // len(unit))
+    ids = tokenizer.encode(long, add_special_tokens=special)
+    assert ids == backend.encode(long, add_special_tokens=special).ids
+    for skip in (True, False):
+        assert tokenizer._decode(ids, skip) == backend.decode(ids, skip_special_tokens=skip)
+
+
+def test_other_threads_go_on_while_a_long_text_is_encoded(pair: tuple[Tokenizer, Backend]) -> None:
+    """The library holds the interpreter lock throughout `encode` and `decode`, but not for batches."""
+    tokenizer, _ = pair
+    text, done, counts = "ab a " * 200_000, threading.Event(), []
+
+    def count() -> None:
+        while not done.is_set():
+            counts.append(None)
+            time.sleep(0)
+
+    counter = threading.Thread(target=count)
+    counter.start()
+    try:
+        before = len(counts)
+        ids = tokenizer.encode(text)
+        encoded = len(counts)
+        tokenizer._decode(ids, False)
+        decoded = len(counts)
+    finally:
+        done.set()
+        counter.join()
+    assert encoded - before > 10
+    assert decoded - encoded > 10
+
+
+@given(text=TEXT, extra=st.lists(st.sampled_from(["<|end|>", "</s>", "<think> now", "e\u0301", "ﷺ", "각", "▁▁"])))
+def test_no_text_has_fewer_tokens_than_is_said(
+    pair: tuple[Tokenizer, Backend], text: str, extra: list[str]
+) -> None:
+    tokenizer, _ = pair
+    for part in (text, *extra, text + "".join(extra)):
+        assert tokenizer.fewest_tokens(part) <= len(tokenizer.encode(part, add_special_tokens=False))
+    assert tokenizer.fewest_tokens("a" * 1100) >= 100, "the longest token has 11 characters"
 
 
 @given(text=TEXT)

@@ -15,10 +15,10 @@ from .trimming import trim
 
 TRIMMED_HEADER = b"x-pimoe-trimmed-messages"
 
-# No tokenizer has longer tokens: text of more characters than this times the context cannot fit.
-_MAX_TOKEN_CHARS = 256
 # Above this, rendering and encoding would hold the event loop for milliseconds.
 _THREAD_FROM_CHARS = 16_384
+# What a value takes to be rendered besides its characters, as a number of characters.
+_VALUE_CHARS = 16
 # No report is worth more than tens of milliseconds: longer texts than these are left uncounted.
 _MAX_REPORTED_CHARS = 32_768
 _TOO_MANY = 1 << 62
@@ -79,27 +79,60 @@ def report(chosen: Chosen | None, prompt: ChatPrompt | None = None) -> ModeRepor
 
 
 async def chat_prompt(
-    prompts: ChatPrompts, chat: Chat, chosen: Chosen | None, limits: tuple[int, int | None]
+    prompts: ChatPrompts,
+    chat: Chat,
+    chosen: Chosen | None,
+    limits: tuple[int, int | None],
+    whole: bool = True,
 ) -> ChatPrompt:
     """The prompt of a chat.
 
     Args:
         limits: the model's context in tokens, and the request's `max_tokens` if it names any.
+        whole: all of the prompt must fit in the context; false where it is cut afterwards, or only counted.
 
     Raises:
         InvalidRequestError: the template refuses the messages, or makes nothing of them.
-        ContextLengthError: the prompt is too long for any tokenizer.
+        ContextLengthError: the prompt is certain to be longer than the context.
     """
-    chars = sum(len(said(message)) for message in chat.messages)
-    if chars >= _THREAD_FROM_CHARS:
-        made = await asyncio.to_thread(prepare, prompts, chat, chosen, limits)
+    if is_large((chat.messages, chat.variables)):
+        made = await asyncio.to_thread(prepare, prompts, chat, chosen, limits, whole)
     else:
-        made = prepare(prompts, chat, chosen, limits)
+        made = prepare(prompts, chat, chosen, limits, whole)
     prompts.count_trimmed(made.messages - len(made.kept))
     return made
 
 
-def prepare(prompts: ChatPrompts, chat: Chat, chosen: Chosen | None, limits: tuple[int, int | None]) -> ChatPrompt:
+def is_large(value: object, limit: int = _THREAD_FROM_CHARS) -> bool:
+    """Whether a value takes long to render: all its strings count, keys too, and how many values there are. The
+    time that this takes is bounded by `limit`."""
+    left, waiting = limit, [value]
+    while waiting:
+        value = waiting.pop()
+        left -= _VALUE_CHARS
+        if isinstance(value, str):
+            left -= len(value)
+        elif isinstance(value, Mapping):
+            left -= _VALUE_CHARS * len(value)
+            if left > 0:
+                waiting += value
+                waiting += value.values()
+        elif isinstance(value, Sequence):
+            left -= _VALUE_CHARS * len(value)
+            if left > 0:
+                waiting += value
+        if left <= 0:
+            return True
+    return False
+
+
+def prepare(
+    prompts: ChatPrompts,
+    chat: Chat,
+    chosen: Chosen | None,
+    limits: tuple[int, int | None],
+    whole: bool = True,
+) -> ChatPrompt:
     """`chat_prompt` in this thread."""
     messages = chat.messages
     context, max_tokens = limits
@@ -110,13 +143,13 @@ def prepare(prompts: ChatPrompts, chat: Chat, chosen: Chosen | None, limits: tup
 
         def count(indices: tuple[int, ...]) -> int | None:
             try:
-                ids = made[indices] = prompts.token_ids(_only(chat, indices), max(0, budget) * _MAX_TOKEN_CHARS)
+                ids = made[indices] = prompts.token_ids(_only(chat, indices), max(0, budget))
             except InvalidRequestError:
                 return None
             return _TOO_MANY if ids is None else len(ids)
 
         kept = trim(messages, chosen.preset.newest_messages, budget, count)
-    ids = made.get(kept) or _whole(prompts, _only(chat, kept), context)
+    ids = made.get(kept) or _whole(prompts, _only(chat, kept), context, whole)
     left = set(range(len(messages))).difference(kept)
     texts = [said(messages[index]) for index in sorted(left)]
     return ChatPrompt(list(ids), len(messages), kept, prompts.text_tokens(texts, _MAX_REPORTED_CHARS))
@@ -140,8 +173,8 @@ def _only(chat: Chat, indices: Sequence[int]) -> Chat:
     return replace(chat, messages=[chat.messages[index] for index in indices])
 
 
-def _whole(prompts: ChatPrompts, chat: Chat, context: int) -> Sequence[int]:
-    ids = prompts.token_ids(chat, context * _MAX_TOKEN_CHARS)
+def _whole(prompts: ChatPrompts, chat: Chat, context: int, whole: bool) -> Sequence[int]:
+    ids = prompts.token_ids(chat, context, whole)
     if ids is None:
         raise ContextLengthError(f"the messages are longer than the context of {context} tokens", "messages")
     if not ids:

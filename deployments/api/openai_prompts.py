@@ -9,11 +9,10 @@ from ...runtime.errors import ContextLengthError, InvalidRequestError
 from ...runtime.requests import ModelInfo
 from .context import ApiSettings, TextCodec
 from .fields import Fields, shown
+from .prompt_cache import cannot_fit
 
 Prompt = str | list[int]
 
-# No tokenizer has longer tokens: text of more characters than this times the context cannot fit.
-_MAX_TOKEN_CHARS = 256
 # Above this, encoding would hold the event loop for milliseconds.
 THREAD_FROM_CHARS = 16_384
 
@@ -55,28 +54,36 @@ def _check_prompt(prompt: object, fields: Fields, model: ModelInfo) -> None:
 
 
 async def encode_all(
-    prompts: list[Prompt], codec: TextCodec | None, model: ModelInfo, special: bool
+    prompts: list[Prompt], codec: TextCodec | None, model: ModelInfo, special: bool, whole: bool = True
 ) -> list[list[int]]:
     """Every prompt's token ids; `special` adds the tokenizer's own (a rendered chat has them already).
 
+    Args:
+        whole: all of a prompt must fit in the context; false where it is cut afterwards, or only counted.
+
     Raises:
         InvalidRequestError: there is no tokenizer, or nothing is left of a prompt.
-        ContextLengthError: a text is too long for any tokenizer.
+        ContextLengthError: a text is certain to be longer than the context.
     """
 
     def encode() -> list[list[int]]:
-        return [_encode(prompt, codec, model, special) for prompt in prompts]
+        return [
+            _encode(prompt, _codec(codec), model, special, whole) if isinstance(prompt, str) else prompt
+            for prompt in prompts
+        ]
 
     chars = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
     return await asyncio.to_thread(encode) if chars >= THREAD_FROM_CHARS else encode()
 
 
-def _encode(prompt: Prompt, codec: TextCodec | None, model: ModelInfo, special: bool) -> list[int]:
-    if not isinstance(prompt, str):
-        return prompt
+def _codec(codec: TextCodec | None) -> TextCodec:
     if codec is None:
         raise InvalidRequestError("this checkpoint has no tokenizer; give the prompt as token ids", "prompt")
-    if len(prompt) > model.max_context_tokens * _MAX_TOKEN_CHARS:
+    return codec
+
+
+def _encode(prompt: str, codec: TextCodec, model: ModelInfo, special: bool, whole: bool) -> list[int]:
+    if cannot_fit(prompt, codec, model.max_context_tokens, whole):
         raise ContextLengthError(
             f"the prompt has {len(prompt)} characters; the context has {model.max_context_tokens} tokens",
             "prompt",

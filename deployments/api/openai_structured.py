@@ -92,7 +92,10 @@ def _json(fields: Fields, name: str) -> Grammar:
             raise fields.wrong(name, "a JSON schema") from None
     if not isinstance(value, dict):
         raise fields.wrong(name, "a JSON schema, which is an object")
-    return "json_schema", orjson.dumps(value).decode()
+    try:
+        return "json_schema", orjson.dumps(value).decode()
+    except TypeError:  # what is read may be nested deeper than what is written
+        raise fields.wrong(name, "nested less deeply") from None
 
 
 def _any_json(fields: Fields, name: str) -> Grammar:

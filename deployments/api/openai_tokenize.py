@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import orjson
 
@@ -40,10 +41,15 @@ async def tokenize(call: Call) -> None:
         if prompt is None:
             raise fields.wrong("prompt", "a string; or there must be messages")
         special = fields.flag("add_special_tokens") is not False
-        (ids,) = await encode_all([prompt], codec, model, special) if prompt else [codec.encode("", special)]
-    names = [codec.token_piece(token) for token in ids] if strings else None
-    body = {"count": len(ids), "max_model_len": model.max_context_tokens, "tokens": ids, "token_strs": names}
-    await call.respond(orjson.dumps(body))
+        many = [prompt] if prompt else []
+        (ids,) = await encode_all(list(many), codec, model, special, whole=False) or [codec.encode("", special)]
+
+    def answer() -> bytes:
+        names = [codec.token_piece(token) for token in ids] if strings else None
+        context = model.max_context_tokens
+        return orjson.dumps({"count": len(ids), "max_model_len": context, "tokens": ids, "token_strs": names})
+
+    await call.respond(await _done(answer, len(ids)))
 
 
 async def detokenize(call: Call) -> None:
@@ -51,13 +57,18 @@ async def detokenize(call: Call) -> None:
     fields, codec = await _body(call)
     fields.only(("model", "tokens"))
     model, ids = call.context.model, fields.items("tokens")
-    if ids is None or not all(type(token) is int and 0 <= token < model.vocab_size for token in ids):
-        raise fields.wrong("tokens", f"a list of token ids from 0 to {model.vocab_size - 1}")
-    if len(ids) >= THREAD_FROM_CHARS:
-        text = await asyncio.to_thread(codec.decode, ids, skip_special_tokens=False)
-    else:
-        text = codec.decode(ids, skip_special_tokens=False)
-    await call.respond(orjson.dumps({"prompt": text}))
+
+    def answer() -> bytes:
+        if ids is None or not all(type(token) is int and 0 <= token < model.vocab_size for token in ids):
+            raise fields.wrong("tokens", f"a list of token ids from 0 to {model.vocab_size - 1}")
+        return orjson.dumps({"prompt": codec.decode(ids, skip_special_tokens=False)})
+
+    await call.respond(await _done(answer, len(ids or ())))
+
+
+async def _done(work: Callable[[], bytes], size: int) -> bytes:
+    """What `work` gives; in a thread where it would hold the event loop for milliseconds."""
+    return await asyncio.to_thread(work) if size >= THREAD_FROM_CHARS else work()
 
 
 async def _body(call: Call) -> tuple[Fields, TextCodec]:
@@ -74,4 +85,6 @@ async def _chat(call: Call, fields: Fields, codec: TextCodec) -> list[int]:
     prompts = call.context.prompts
     assert prompts is not None  # there is a codec
     chat = read_conversation(fields, codec).chat
-    return (await chat_prompt(prompts, chat, None, (call.context.model.max_context_tokens, None))).token_ids
+    return (
+        await chat_prompt(prompts, chat, None, (call.context.model.max_context_tokens, None), whole=False)
+    ).token_ids

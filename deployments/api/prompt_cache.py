@@ -24,7 +24,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import orjson
 
@@ -37,6 +37,8 @@ Variables = Mapping[str, Any]
 # What an entry takes besides its token ids: the key, the objects around both and their places in the map.
 _ENTRY_BYTES = 300
 _TOKEN_TYPE = "I"  # 32 bits: no vocabulary is larger
+# More characters than this for each token are too many for any tokenizer.
+_MAX_TOKEN_CHARS = 256
 
 
 class ChatCodec(Protocol):
@@ -53,6 +55,28 @@ class ChatCodec(Protocol):
     def render_unfinished_chat(self, messages: Messages, /, variables: Variables | None = None) -> str:
         """The same up to the end of the last message, which is to be continued."""
         ...
+
+
+@runtime_checkable
+class MeasuringCodec(Protocol):
+    """A tokenizer that knows how long its tokens are."""
+
+    def fewest_tokens(self, text: str, /) -> int:
+        """A number of tokens that the text has at least, found without tokenizing it."""
+        ...
+
+
+def cannot_fit(text: str, codec: object, max_tokens: int, whole: bool = True) -> bool:
+    """Whether a text is certain to be too long, before time is spent on tokenizing it.
+
+    Args:
+        whole: all of it must fit in `max_tokens`; otherwise its length is only kept within reason.
+    """
+    if len(text) <= max_tokens:
+        return False
+    if len(text) > max_tokens * _MAX_TOKEN_CHARS:
+        return True
+    return whole and isinstance(codec, MeasuringCodec) and codec.fewest_tokens(text) > max_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,17 +192,24 @@ class ChatPrompts:
         self.cache = cache or PromptCache()
         self._trimmed_chats = self._trimmed_messages = 0
 
-    def token_ids(self, chat: Chat, max_chars: int = sys.maxsize) -> Sequence[int] | None:
-        """The token ids of a chat; None where its text is longer than `max_chars`, and then not tokenized.
+    def token_ids(self, chat: Chat, max_tokens: int = sys.maxsize, whole: bool = True) -> Sequence[int] | None:
+        """The token ids of a chat; None where it is certain to have more than `max_tokens` before it is tokenized
+        (see `cannot_fit`). There may be more of them nevertheless.
 
         Raises:
             InvalidRequestError: the template refuses the messages.
         """
+
+        def encode(text: str) -> list[int] | None:
+            if cannot_fit(text, self._codec, max_tokens, whole):
+                return None
+            return self._codec.encode(text, add_special_tokens=chat.special)
+
         if self._reads_clock:
             text = self._render(chat)
             kind = b"R" if chat.special else b"r"
-            return self._ids(_digest(kind, _utf8(text)), lambda: text, (chat.special, max_chars))
-        return self._ids(_chat_key(chat), lambda: self._render(chat), (chat.special, max_chars))
+            return self._ids(_digest(kind, _utf8(text)), lambda: encode(text))
+        return self._ids(_chat_key(chat), lambda: encode(self._render(chat)))
 
     def text_tokens(self, texts: Iterable[str], max_chars: int = sys.maxsize) -> int | None:
         """How many tokens texts have, each by itself and without special ones; None where more than `max_chars` of
@@ -206,15 +237,14 @@ class ChatPrompts:
         """See `ChatStatistics`."""
         return ChatStatistics(*self.cache.statistics(), self._trimmed_chats, self._trimmed_messages)
 
-    def _ids(self, key: bytes | None, render: Callable[[], str], encoding: tuple[bool, int]) -> array[int] | None:
-        special, max_chars = encoding
+    def _ids(self, key: bytes | None, encode: Callable[[], list[int] | None]) -> array[int] | None:
         found = None if key is None else self.cache.get(key)
         if isinstance(found, array):
             return found
-        text = render()
-        if len(text) > max_chars:
+        made = encode()
+        if made is None:
             return None
-        ids = array(_TOKEN_TYPE, self._codec.encode(text, add_special_tokens=special))
+        ids = array(_TOKEN_TYPE, made)
         if key is not None:
             self.cache.put(key, ids)
         return ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,14 @@ import tokenizers
 from ..errors import CheckpointError, InvalidRequestError
 from .chat import ChatTemplate, load_chat_template
 from .detokenizer import REPLACEMENT, ByteLevelDecoder, IncrementalDecoder, WindowDecoder, byte_alphabet
+from .token_bounds import TokenBounds, token_bounds
+
+# Batches here are of one text. In the library's pool of threads it would gain nothing, but wait for its turn
+# behind long ones, and a fork of the process would be warned about.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# From this on, the library's calls for batches are used, which release the interpreter lock. They need less time
+# too, but on the event loop a short text is done soonest where nobody else may take the lock meanwhile.
+_RELEASE_FROM = 1024
 
 
 class Tokenizer:
@@ -21,13 +30,21 @@ class Tokenizer:
         backend: from `tokenizer.json`.
         byte_level: whether its tokens spell bytes in GPT-2's alphabet.
         template: for conversations.
+        bounds: how many tokens a text has at least; None: not known.
 
     Attributes:
         special_token_ids: tokens that give no text.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, byte_level: bool, template: ChatTemplate | None) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        byte_level: bool,
+        template: ChatTemplate | None,
+        bounds: TokenBounds | None = None,
+    ) -> None:
         self._backend = backend
+        self._bounds = bounds
         self._template = template
         added = backend.get_added_tokens_decoder()
         self._added = {token.content: id for id, token in added.items()}
@@ -45,7 +62,8 @@ class Tokenizer:
         file = folder / "tokenizer.json"
         if not file.exists():
             return None
-        decoder = _read_json(file).get("decoder") or {}
+        definition = _read_json(file)
+        decoder = definition.get("decoder") or {}
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises plain Exception
@@ -55,7 +73,8 @@ class Tokenizer:
         backend.no_padding()
         config_file = folder / "tokenizer_config.json"
         config = _read_json(config_file) if config_file.exists() else {}
-        return cls(backend, decoder.get("type") == "ByteLevel", load_chat_template(folder, config))
+        template = load_chat_template(folder, config)
+        return cls(backend, decoder.get("type") == "ByteLevel", template, token_bounds(definition, backend))
 
     @property
     def vocab_size(self) -> int:
@@ -87,13 +106,19 @@ class Tokenizer:
 
     def encode(self, text: str, /, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Pass `add_special_tokens=False` for what `render_chat` made: a template writes its
-        special tokens itself."""
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        special tokens itself. Other threads go on while a long text is encoded."""
+        if len(text) < _RELEASE_FROM:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+
+    def fewest_tokens(self, text: str, /) -> int:
+        """A number of tokens that a text has at least, found without tokenizing it; 0 where that is not known."""
+        return 0 if self._bounds is None else self._bounds.fewest_tokens(text)
 
     def decode(self, token_ids: Sequence[int], /, skip_special_tokens: bool = True) -> str:
         """The text of token ids, equal to what `incremental` gives piece by piece. Special tokens give no text, or
         their names; unknown ids give no text; bytes that are no character give U+FFFD."""
-        text = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        text = self._decode(list(token_ids), skip_special_tokens)
         if not skip_special_tokens:
             return text
         if REPLACEMENT in text and not self._byte_level:
@@ -151,6 +176,11 @@ class Tokenizer:
                 "this model has no chat template; send a prompt instead of messages", "messages"
             )
         return self._template
+
+    def _decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
+        if len(token_ids) < _RELEASE_FROM:
+            return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return self._backend.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)[0]
 
     def _has_text(self, token_id: int) -> bool:
         return token_id not in self.special_token_ids and self._backend.id_to_token(token_id) is not None

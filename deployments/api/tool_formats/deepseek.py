@@ -29,19 +29,20 @@ class DeepSeekParser(TextParser):
         return self._read_name if start == _ONE else self.read_content
 
     def _read_name(self) -> bool:
-        at = self.buffer.find("{")
+        at, end = self.buffer.find("{"), self.buffer.find(_ONE_END)
+        if end >= 0 and (at < 0 or end < at):  # there are no arguments, or they are something else
+            at = end + len(_ONE_END)
         if at < 0:
             return False
-        kind, found, name = self.buffer[:at].partition(_SEP)
-        lines = (name if kind.strip() == _KIND else kind).strip().split("\n")
-        if not found or not lines[0].strip():
-            self.say(_ONE + self.buffer[:at])
-            self.state = self.read_content
-        else:
-            self.call(lines[0].strip())
+        head, self.buffer = self.buffer[:at], self.buffer[at:]
+        name = _name(head)
+        if name:
+            self.call(name)
             self._span = JsonSpan()
             self.state = self._read_arguments
-        self.buffer = self.buffer[at:]
+        else:
+            self.say(_ONE + head)
+            self.state = self.read_content
         return True
 
     def _read_arguments(self) -> bool:
@@ -59,6 +60,15 @@ class DeepSeekParser(TextParser):
         """See `TextParser`."""
         if self.state == self._read_name:
             self.say(_ONE + self.buffer)
+
+
+def _name(head: str) -> str:
+    """The function's name in what stands before its arguments; empty where there stands anything else."""
+    kind, found, rest = head.partition(_SEP)
+    if not found:
+        return ""
+    name, _, rest = rest.strip().partition("\n") if kind.strip() == _KIND else (kind.strip(), "", rest)
+    return name.strip() if rest.strip() in ("", "```json") else ""
 
 
 class DeepSeek(Format):

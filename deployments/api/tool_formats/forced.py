@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 
 import orjson
 
+from ....runtime.errors import InvalidRequestError
+
 # A mark as a term of the grammar.
 Marks: TypeAlias = Callable[[str], str]
 
@@ -24,7 +26,7 @@ class ToolSet:
     """The functions of one request.
 
     Attributes:
-        parameters: the JSON schema of each function's arguments; empty for any object.
+        parameters: the JSON schema of each function's arguments, in the request's order; empty for any object.
         forced: those of which one must be called; none: the model may answer in words.
         parallel: whether one answer may call several times.
     """
@@ -44,7 +46,11 @@ def quoted(text: str) -> str:
 
 
 def inline(schema: Mapping[str, Any]) -> str:
-    """A JSON schema as a term."""
+    """A JSON schema as a term.
+
+    Raises:
+        TypeError: it is nested too deeply; what is read may be nested deeper than what is written.
+    """
     return "%json " + orjson.dumps({**schema, "x-guidance": _SPACING}).decode()
 
 
@@ -60,20 +66,37 @@ def either(tools: ToolSet) -> str:
 
 
 def call_object(tools: ToolSet, key: str) -> str:
-    """The rule `call`: a JSON object with a function's name and, under `key`, its arguments."""
-    schemas = (_call_schema(name, key, tools) for name in tools.forced)
-    return f"call: {either(tools)}\n" + "".join(
-        f"call_{at}: {inline(schema)}\n" for at, schema in enumerate(schemas)
-    )
+    """The rule `call`: a JSON object with a function's name and, under `key`, its arguments.
+
+    Raises:
+        InvalidRequestError: a function's parameters are nested too deeply.
+    """
+    rules = [f"call: {either(tools)}\n"]
+    for at, name in enumerate(tools.forced):
+        rules.append(f"call_{at}: {_inline_of(name, _call_schema(name, key, tools), tools)}\n")
+    return "".join(rules)
 
 
 def call_by_name(tools: ToolSet, between: str, before: str = "") -> str:
-    """The rule `call`: a function's name, with `before` in front, then `between`, then its arguments."""
+    """The rule `call`: a function's name, with `before` in front, then `between`, then its arguments.
+
+    Raises:
+        InvalidRequestError: a function's parameters are nested too deeply.
+    """
     rules = [f"call: {either(tools)}\n"]
     for at, name in enumerate(tools.forced):
         rules.append(f"call_{at}: {quoted(before + name)} {between} arguments_{at}\n")
-        rules.append(f"arguments_{at}: {inline(tools.schema(name))}\n")
+        rules.append(f"arguments_{at}: {_inline_of(name, tools.schema(name), tools)}\n")
     return "".join(rules)
+
+
+def _inline_of(name: str, schema: Mapping[str, Any], tools: ToolSet) -> str:
+    """`inline` of what is made of a function's parameters."""
+    try:
+        return inline(schema)
+    except TypeError:
+        field = f"tools[{list(tools.parameters).index(name)}].function.parameters"
+        raise InvalidRequestError(f"{field} must be nested less deeply where a call is forced", field) from None
 
 
 def _call_schema(name: str, key: str, tools: ToolSet) -> dict[str, Any]:

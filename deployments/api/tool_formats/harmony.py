@@ -3,7 +3,8 @@
     <|channel|>analysis<|message|>...<|end|><|start|>assistant<|channel|>final<|message|>...
     <|channel|>commentary to=functions.NAME <|constrain|>json<|message|>{...}<|call|>
 
-The channel `analysis` is reasoning, `final` is the answer, and so is what `commentary` says to nobody.
+The channel `analysis` is reasoning, `final` is the answer, and so is what `commentary` says to nobody. A message
+to a function that is no object is no call, and is given as it stands.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class HarmonyParser(TextParser):
         super().__init__()
         self.state: State = self._read_header
         self._give = self.say
+        self._header = self._name = ""
 
     def _read_header(self) -> bool:
         header = self.take_until(_MESSAGE)
@@ -36,11 +38,27 @@ class HarmonyParser(TextParser):
             return False
         recipient = _RECIPIENT.search(header)
         if recipient:
-            self.call(recipient[1])
-            self._give = self.argue
+            self._header, self._name = header + _MESSAGE, recipient[1]
+            self.state = self._read_call
         else:
             thinks = header.rpartition(_CHANNEL)[2].strip().startswith("analysis")
             self._give = self.think if thinks else self.say
+            self.state = self._read_message
+        return True
+
+    def _read_call(self) -> bool:
+        """Where the arguments begin, if they do."""
+        self.buffer = self.buffer.lstrip()
+        if not self.buffer or held_back(self.buffer, _ENDS) == len(self.buffer):
+            return False
+        if self.buffer.startswith(("{", *_ENDS)):
+            self.call(self._name)
+            self._give = self.argue
+            if self.buffer[0] != "{":
+                self.argue("{}")
+        else:
+            self.say(self._header)
+            self._give = self.say
         self.state = self._read_message
         return True
 
@@ -60,6 +78,8 @@ class HarmonyParser(TextParser):
         """See `TextParser`."""
         if self.state == self._read_message:
             self._give(self.buffer)
+        elif self.state == self._read_call:
+            self.say(self._header + self.buffer)
         elif _CHANNEL not in self.buffer and not self.buffer.startswith((_END, _CALL, _RETURN, _START)):
             self.say(self.buffer)
 

@@ -1,13 +1,19 @@
-"""Calls that are JSON objects, read character by character: `{"name": "f", "arguments": {...}}`."""
+"""Calls that are JSON objects, read character by character: `{"name": "f", "arguments": {...}}`.
+
+An object without a name, or with arguments that are no object, is no call. Arguments may be null, or be an object
+that is written in a string; fields after the first of their name are not looked at.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 _SPACE = " \t\r\n"
 _KEYS_OF_ARGUMENTS = ("arguments", "parameters")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Target(Protocol):
@@ -50,6 +56,12 @@ class JsonSpan:
         return len(text)
 
 
+def is_object(text: str) -> bool:
+    """Whether a text is one object, by its braces."""
+    text, span = text.strip(_SPACE), JsonSpan()
+    return text.startswith("{") and span.push(text) == len(text) and span.done
+
+
 class CallReader:
     """One call. Its arguments are passed on as they come, from when its name is known.
 
@@ -71,6 +83,7 @@ class CallReader:
         self._name: str | None = None
         self._arguments = ""  # those that came before the name
         self._has_arguments = False
+        self._reads_arguments = False
         self._read: Callable[[str], int] = self._open
         self._token = ""
         self._key = ""
@@ -106,7 +119,7 @@ class CallReader:
     def _string_of_key(self, text: str) -> int:
         count = self._string(text)
         if self._is_closed():
-            self._key = str(_loads(self._token))
+            self._key = _loads(self._token)
             known = self._key in ("name", "type", *_KEYS_OF_ARGUMENTS)
             self.failed = self._strict and not known and not self.announced
             self._read = self._colon
@@ -124,9 +137,11 @@ class CallReader:
         if char in _SPACE:
             return 1
         self._token = char
+        self._reads_arguments = self._key in _KEYS_OF_ARGUMENTS and not self._has_arguments
         if char == '"':
             self._read = self._string_of_value
         elif char in "{[":
+            self.failed = self._key == "name" or (self._reads_arguments and char == "[")
             self._span, self._read = JsonSpan(), self._nested
             return 0
         else:
@@ -138,20 +153,26 @@ class CallReader:
         if self._is_closed():
             value = _loads(self._token)
             if self._key == "name":
-                self._name = str(value)
-                if self._arguments:
-                    self._announce()
-            elif self._is_arguments() and isinstance(value, str):  # JSON within JSON
-                self._argue(value)
+                self._take_name(value)
+            elif self._reads_arguments and value.strip():  # JSON within JSON
+                self.failed = not is_object(value)
+                if not self.failed:
+                    self._argue(value)
             self._read = self._next
         return count
 
+    def _take_name(self, name: str) -> None:
+        if self._name is not None:
+            return
+        self.failed = not name.strip()
+        self._name = name
+        if self._arguments and not self.failed:
+            self._announce()
+
     def _nested(self, text: str) -> int:
         count = self._span.push(text)
-        if self._is_arguments():
+        if self._reads_arguments:
             self._argue(text[:count])
-        elif self._key == "name":
-            self.failed = True
         if self._span.done:
             self._read = self._next
         return count
@@ -159,8 +180,10 @@ class CallReader:
     def _scalar(self, text: str) -> int:
         """null, true, false or a number: nothing of a call is one, but arguments may be null."""
         if text[0] in ",}":
+            self.failed = self._reads_arguments and self._token.strip(_SPACE) != "null"
             self._read = self._next
             return 0
+        self._token += text[0]
         return 1
 
     def _string(self, text: str) -> int:
@@ -174,9 +197,6 @@ class CallReader:
         token = self._token
         escapes = len(token) - 1 - len(token[:-1].rstrip("\\"))
         return len(token) > 1 and token[-1] == '"' and escapes % 2 == 0
-
-    def _is_arguments(self) -> bool:
-        return self._key in _KEYS_OF_ARGUMENTS
 
     def _argue(self, text: str) -> None:
         self._has_arguments = True
@@ -203,8 +223,10 @@ class CallReader:
             self._target.argue("{}")
 
 
-def _loads(text: str) -> Any:
+def _loads(text: str) -> str:
+    """What a string in quotes says. Half of a surrogate pair, which JSON can escape and UTF-8 has no bytes for, is
+    replaced as bytes are that are no character."""
     try:
-        return json.loads(text, strict=False)
+        return _SURROGATE.sub("\ufffd", str(json.loads(text, strict=False)))
     except ValueError:  # an escape that JSON does not know
         return text[1:-1]

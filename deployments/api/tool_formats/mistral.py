@@ -58,9 +58,12 @@ class MistralParser(TextParser):
         at = self.buffer.find("{")
         if at < 0:
             return False
-        name = re.split(r"\[(?:ARGS|CALL_ID)\]", self.buffer[:at])[0].strip()
-        self.buffer = self.buffer[at:]
-        self.call(name)
+        head, self.buffer = self.buffer[:at], self.buffer[at:]
+        if _ARGS in head and head.rpartition(_ARGS)[2].strip():  # the arguments are something else
+            self.say(_START + head)
+            self.state = self.read_content
+            return True
+        self.call(re.split(r"\[(?:ARGS|CALL_ID)\]", head)[0].strip())
         self._span = JsonSpan()
         self.state = self._read_arguments
         return True

@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import orjson
 
-from .forced import Marks, ToolSet
+from .forced import Marks, ToolSet, quoted
 from .parsing import Format, State, TextParser
 
 _START, _END = "<tool_call>", "</tool_call>"
@@ -51,26 +50,28 @@ class QwenCoderParser(TextParser):
             self.say(_START + block + _END)
         else:
             self.call(found[1])
-            self.argue(orjson.dumps(self._arguments(found[1], found[2])).decode())
+            self.argue(self._arguments(found[1], found[2]))
         return True
 
-    def _arguments(self, name: str, body: str) -> dict[str, Any]:
+    def _arguments(self, name: str, body: str) -> str:
         properties = self._tools.schema(name).get("properties")
         known = properties if isinstance(properties, Mapping) else {}
-        return {key: _value(text, known.get(key)) for key, text in _PARAMETER.findall(body)}
+        values = {key: _value(text, known.get(key)) for key, text in _PARAMETER.findall(body)}
+        return "{" + ",".join(f"{quoted(key)}:{value}" for key, value in values.items()) + "}"
 
     def break_off(self) -> None:
         """See `TextParser`."""
         self.say(_START + self.buffer)
 
 
-def _value(text: str, schema: object) -> Any:
+def _value(text: str, schema: object) -> str:
+    """In JSON."""
     if isinstance(schema, Mapping) and schema.get("type") == "string":
-        return text
+        return quoted(text)
     try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:
-        return text
+        return orjson.dumps(orjson.loads(text)).decode()
+    except (orjson.JSONDecodeError, TypeError):  # no JSON, or nested too deeply to be written again
+        return quoted(text)
 
 
 class QwenCoder(Format):
