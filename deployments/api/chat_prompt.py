@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -104,23 +104,26 @@ async def chat_prompt(
 
 
 def is_large(value: object, limit: int = _THREAD_FROM_CHARS) -> bool:
-    """Whether a value takes long to render: all its strings count, keys too, and how many values there are. The
+    """Whether plain JSON takes long to render: all its strings count, keys too, and how many values there are. The
     time that this takes is bounded by `limit`."""
     left, waiting = limit, [value]
     while waiting:
         value = waiting.pop()
-        left -= _VALUE_CHARS
+        inner: Collection[Any] = ()
         if isinstance(value, str):
             left -= len(value)
-        elif isinstance(value, Mapping):
+        elif isinstance(value, dict):
             left -= _VALUE_CHARS * len(value)
-            if left > 0:
-                waiting += value
-                waiting += value.values()
-        elif isinstance(value, Sequence):
+            inner = value.values() if left > 0 else ()
+            left -= sum(map(len, value)) if left > 0 else 0
+        elif isinstance(value, list | tuple):
             left -= _VALUE_CHARS * len(value)
-            if left > 0:
-                waiting += value
+            inner = value if left > 0 else ()
+        for item in inner:
+            if isinstance(item, str):  # as most are: no need to wait
+                left -= len(item)
+            elif item is not None:
+                waiting.append(item)
         if left <= 0:
             return True
     return False
