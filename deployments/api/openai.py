@@ -43,7 +43,7 @@ async def chat_completions(call: Call) -> None:
     conversation = read_conversation(fields, codec)
     wanted = _must_call(wanted, conversation, codec)
     limits = (model.max_context_tokens, wanted.max_tokens)
-    prompt = await chat_prompt(prompts, conversation.chat, wanted.chosen, limits)
+    prompt = await chat_prompt(prompts, conversation.chat, wanted.chosen, limits, whole=wanted.truncate is None)
     await _generate(call, wanted, [prompt.token_ids], report(wanted.chosen, prompt), conversation)
 
 
@@ -114,7 +114,8 @@ async def _generate(
             "stop needs a tokenizer, which this checkpoint has not; use stop_token_ids", "stop"
         )
     remaining_s = call.start_clock(wanted.options.timeout_s)
-    encoded = await encode_all(prompts, codec, known, special=wanted.add_special_tokens is not False)
+    special, whole = wanted.add_special_tokens is not False, wanted.truncate is None
+    encoded = await encode_all(prompts, codec, known, special, whole)
     encoded = [truncated(ids, wanted.truncate, wanted.max_tokens, known) for ids in encoded]
     kind = _kind(wanted, conversation, codec)
     plan = make_plan(wanted, encoded, known, call.work_id(), remaining_s, kind)
