@@ -71,4 +71,5 @@ class DrainRate:
     @property
     def tokens_per_s(self) -> float | None:
         """The rate; None while it is not known."""
-        return self._tokens / self._seconds if self._seconds > 0 and self._tokens > 0 else None
+        rate = self._tokens / self._seconds if self._seconds > 0 else 0.0
+        return rate if rate > 0 else None  # after a long rest it may be too small for a number

@@ -38,6 +38,8 @@ class LlamaParser(TextParser):
         return True
 
     def _read_call(self) -> bool:
+        if not self._call.raw and not self._call.announced:
+            self.buffer = self.buffer.lstrip()
         self.buffer = self._call.push(self.buffer)
         if self._call.failed and not self._call.announced:
             self.buffer = self._call.raw + self.buffer
