@@ -140,17 +140,6 @@ def test_nothing_is_kept_where_prefixes_are_not_reused() -> None:
     assert pool.statistics()[1:4] == (3, 0, 0)
 
 
-def test_forgetting_leaves_what_is_held_with_its_holders() -> None:
-    pool = BlockPool(5, BLOCK)
-    kept, held = fill(pool, [1, 2]), fill(pool, [3, 4])
-    pool.release(kept)
-    pool.forget()
-    assert pool.statistics()[1:4] == (4, 0, 1)
-    assert pool.find(hashes_of([1, 2])) == pool.find(hashes_of([3, 4])) == []
-    pool.release(held)
-    assert pool.statistics()[1:4] == (5, 0, 0)
-
-
 def test_distrusted_blocks_are_found_by_nobody() -> None:
     pool = BlockPool(5, BLOCK)
     kept, held = fill(pool, [1, 2, 3, 4]), fill(pool, [5, 6])
@@ -288,13 +277,6 @@ class PoolMachine(RuleBasedStateMachine):
                     self.kept.append(block)
                 else:
                     self.free.add(block)
-
-    @rule()
-    def forget(self) -> None:
-        self.pool.forget()
-        self.free |= set(self.kept)
-        self.kept = []
-        self.known = {}
 
     @rule(block=st.integers(1, 6))
     def distrust(self, block: int) -> None:

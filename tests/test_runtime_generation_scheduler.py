@@ -122,6 +122,18 @@ def test_nobody_waits_for_who_left() -> None:
     assert second.cached_tokens == 8
 
 
+def test_what_is_known_need_not_be_computed() -> None:
+    of = scheduler()
+    first = generation(21)
+    assert of.to_compute(first) == 21
+    assert of.admit(first)
+    step(of)
+    assert of.to_compute(generation([*range(17), 90, 91])) == 3
+    assert of.to_compute(generation(21, tenant="another")) == 21
+    assert of.to_compute(generation(21, prompt_logprobs=0)) == 21
+    assert scheduler(reuse=False).to_compute(generation(21)) == 21
+
+
 def test_without_reuse_nobody_waits_for_equal_prompts() -> None:
     of = scheduler(reuse=False)
     crowd = [generation(21, number=number) for number in range(3)]

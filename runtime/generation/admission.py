@@ -85,12 +85,13 @@ class Admission:
 
     def _begin(self, item: QueueItem[Stream], now: float) -> bool:
         """Whether the next one may be looked at: this one runs, or is given up."""
-        if self._scheduler.running and now + self._latency.least_s(item.tokens) > item.deadline:
-            self._queue.drop_late([item])  # not even its first token would be in time
-            return True
         stream = item.value
         # Kept for the next try: the hashes of a long prompt are not computed anew in every step.
         stream.candidate = stream.candidate or self._new_generation(item)
+        tokens = self._scheduler.to_compute(stream.candidate)
+        if self._scheduler.running and now + self._latency.least_s(tokens) > item.deadline:
+            self._queue.drop_late([item])  # not even its first token would be in time
+            return True
         if not self._scheduler.admit(stream.candidate):
             return False
         self._queue.take([item], now)

@@ -145,14 +145,6 @@ class BlockPool:
                 del self._kept[block]
                 heapq.heappush(self._free, block)
 
-    def forget(self) -> None:
-        """Nothing is known any more; what is held stays held."""
-        for block in self._kept:
-            heapq.heappush(self._free, block)
-        self._kept.clear()
-        self._hash_of.clear()
-        self._block_of.clear()
-
     def statistics(self) -> BlockStatistics:
         """See `BlockStatistics`."""
         free, kept = len(self._free), len(self._kept)

@@ -29,7 +29,7 @@ class Generation:
         deadline, admitted: on the engine's clock.
         tokens: prompt, then what was generated.
         computed: how many of them are in the KV cache.
-        blocks: its block table.
+        blocks: its block table; the first `published` of them are full, and known to others by their `hashes`.
         cached_tokens: how many of the prompt's tokens were there already when it first ran.
         prompt_logprobs: of the prompt's tokens as far as they are computed, where they are wanted.
     """
@@ -47,8 +47,12 @@ class Generation:
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     finished: bool = False
     gave_way: bool = False
-    _hashes: list[bytes] = field(default_factory=list)
-    _published: int = 0
+    hashes: list[bytes] = field(default_factory=list)
+    published: int = 0
+    salt: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.salt = salt_of(self.request.tenant, self.request.cache_salt)
 
     @property
     def order(self) -> tuple[int, float, int]:
@@ -116,17 +120,14 @@ class Scheduler:
         """Let a new or preempted sequence run, if there are a seat and blocks for all of its tokens so far. Who is
         of a lower class makes room for it."""
         block_tokens = self.pool.block_tokens
-        salt = salt_of(generation.request.tenant, generation.request.cache_salt)
-        extend_hashes(generation._hashes, salt, generation.tokens, block_tokens)
-        reusable = 0 if generation.wants_prompt_logprobs else (len(generation.tokens) - 1) // block_tokens
-        found = self.pool.find(generation._hashes[:reusable])
+        found = self._known(generation)
         needed = -(-len(generation.tokens) // block_tokens) - len(found)
         if not self._make_room(generation.rank, needed, found):
             return False
         self.pool.hold(found)
         generation.blocks = [*found, *self._take(needed)]
         generation.computed = len(found) * block_tokens
-        generation._published = len(found)
+        generation.published = len(found)
         if generation.cached_tokens is None:
             generation.cached_tokens = min(generation.computed, len(generation.request.prompt_token_ids))
             self.pool.count_lookup(len(generation.request.prompt_token_ids), generation.cached_tokens)
@@ -134,6 +135,20 @@ class Scheduler:
             self.preempted.remove(generation)
         self.running.append(generation)
         return True
+
+    def to_compute(self, generation: Generation) -> int:
+        """Tokens that would have to be computed if a sequence were admitted now."""
+        return len(generation.tokens) - len(self._known(generation)) * self.pool.block_tokens
+
+    def _known(self, generation: Generation) -> list[int]:
+        """Blocks of a sequence's beginning that it can take. The last token is always computed, for its logits."""
+        if not self.pool.reuse_prefixes:
+            return []
+        extend_hashes(generation.hashes, generation.salt, generation.tokens, self.pool.block_tokens)
+        reusable = (
+            0 if generation.wants_prompt_logprobs else (len(generation.tokens) - 1) // self.pool.block_tokens
+        )
+        return self.pool.find(generation.hashes[:reusable])
 
     def plan(self) -> list[StepItem]:
         """The next step: all that decode, the most important first, and prompts as far as the budget goes.
@@ -165,8 +180,8 @@ class Scheduler:
                 rows -= count
             else:
                 count = 0 if claimed.intersection(self._coming(generation)[:1]) else generation.pending
-            if count and self.pool.reuse_prefixes:
-                claimed.update(generation._hashes[generation._published :])
+            if count:
+                claimed.update(generation.hashes[generation.published :])
             wanted.append(count)
         return wanted
 
@@ -177,11 +192,11 @@ class Scheduler:
         known = self.pool.find(self._coming(generation))
         if not known:
             return
-        first, stop = generation._published, generation._published + len(known)
+        first, stop = generation.published, generation.published + len(known)
         self.pool.hold(known)
         self.pool.release(generation.blocks[first:stop])
         generation.blocks[first:stop] = known
-        generation._published = stop
+        generation.published = stop
         generation.computed = stop * self.pool.block_tokens
         if not generation.generated:
             tokens = len(known) * self.pool.block_tokens
@@ -192,9 +207,9 @@ class Scheduler:
         """Hashes of the blocks that a sequence computes next and may take instead, if it stands at the beginning
         of one. The last token is always computed, for its logits."""
         block_tokens = self.pool.block_tokens
-        if generation.computed != generation._published * block_tokens:
+        if generation.computed != generation.published * block_tokens:
             return []
-        return generation._hashes[generation._published : (len(generation.tokens) - 1) // block_tokens]
+        return generation.hashes[generation.published : (len(generation.tokens) - 1) // block_tokens]
 
     def take_fresh(self) -> list[int]:
         """Blocks that got a new owner since the last call, and are to be cleared."""
@@ -208,13 +223,13 @@ class Scheduler:
             generation = item.generation
             generation.computed += item.count
             full = generation.computed // block_tokens
-            if full == generation._published:
+            if full == generation.published or not self.pool.reuse_prefixes:
                 continue
-            salt = salt_of(generation.request.tenant, generation.request.cache_salt)
-            extend_hashes(generation._hashes, salt, generation.tokens[: generation.computed], block_tokens)
-            for place in range(generation._published, full):
-                self.pool.publish(generation.blocks[place], generation._hashes[place])
-            generation._published = full
+            tokens = generation.tokens[: generation.computed]
+            extend_hashes(generation.hashes, generation.salt, tokens, block_tokens)
+            for place in range(generation.published, full):
+                self.pool.publish(generation.blocks[place], generation.hashes[place])
+            generation.published = full
 
     def distrust(self, generation: Generation) -> None:
         """What is cached of a sequence is wrong, as its logits tell that are not finite: nobody else is to begin
@@ -274,7 +289,7 @@ class Scheduler:
     def _give_up_blocks(self, generation: Generation) -> None:
         self.pool.release(generation.blocks)
         generation.blocks = []
-        generation.computed = generation._published = 0
+        generation.computed = generation.published = 0
 
     def _take(self, count: int) -> list[int]:
         taken = self.pool.take(count)
