@@ -517,3 +517,17 @@ async def test_numbers_that_are_not_finite_fail_one_answer_and_are_not_reused(
     answer = await read(engine.generate(asked))
     assert answer.tokens == (await alone(folder, asked)).tokens
     assert answer.chunks[0].cached_tokens == 0
+
+
+async def test_a_prompt_that_is_mostly_known_is_not_given_up_for_its_length(start: StartEngine) -> None:
+    """Whether a first token can be in time depends on what is left to compute."""
+    engine = start(block_tokens=4)
+    await read(engine.generate(request(prompt_of(41), 2)))
+    beside = Reader(engine, request(prompt_of(5, 1), 150))
+    await eventually(lambda: beside.answer.tokens)
+    engine.latency.least_s = lambda tokens: float(tokens)  # type: ignore[method-assign]
+    known = await read(engine.generate(request(prompt_of(41), 2, timeout_s=20.0)))
+    assert known.reason == "length"
+    new = await read(engine.generate(request(prompt_of(41, 2), 2, timeout_s=20.0)))
+    assert isinstance(new.error, DeadlineExceededError)
+    await beside.leave()

@@ -145,10 +145,9 @@ class Scheduler:
         if not self.pool.reuse_prefixes:
             return []
         extend_hashes(generation.hashes, generation.salt, generation.tokens, self.pool.block_tokens)
-        reusable = (
-            0 if generation.wants_prompt_logprobs else (len(generation.tokens) - 1) // self.pool.block_tokens
-        )
-        return self.pool.find(generation.hashes[:reusable])
+        if generation.wants_prompt_logprobs:
+            return []
+        return self.pool.find(generation.hashes[: (len(generation.tokens) - 1) // self.pool.block_tokens])
 
     def plan(self) -> list[StepItem]:
         """The next step: all that decode, the most important first, and prompts as far as the budget goes.
