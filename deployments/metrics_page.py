@@ -8,7 +8,7 @@ deployment (replicas): never from a request, a tenant or a token.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -17,6 +17,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 Replica = Mapping[str, Any]
+# Field of the statistics, name, text and kind of each metric.
+_Table: TypeAlias = Sequence[tuple[str, str, str, Callable[..., Any]]]
 
 
 def render(status: dict[str, Any]) -> tuple[bytes, str]:
@@ -42,7 +44,7 @@ class _Page(Collector):
 
 
 _GAUGE, _COUNTER = GaugeMetricFamily, CounterMetricFamily
-_SECOND: tuple[tuple[str, str, str, Callable[..., Any]], ...] = (
+_SECOND: _Table = (
     ("written", "pimoe_cache_second_written", "Answers written to the second level", _COUNTER),
     ("read_bytes", "pimoe_cache_second_read_bytes", "Read from it", _COUNTER),
     ("written_bytes", "pimoe_cache_second_written_bytes", "Written to it", _COUNTER),
@@ -136,7 +138,7 @@ def _prefetch_families(gateways: Sequence[Replica]) -> Iterator[Metric]:
     yield events
 
 
-_PROMPTS: tuple[tuple[str, str, str, Callable[..., Any]], ...] = (
+_PROMPTS: _Table = (
     ("evicted", "pimoe_prompt_cache_evicted", "Prompts of chats that made room for others", _COUNTER),
     ("entries", "pimoe_prompt_cache_entries", "Prompts of chats held as token ids", _GAUGE),
     ("bytes", "pimoe_prompt_cache_bytes", "Memory of them", _GAUGE),
@@ -222,7 +224,7 @@ def _batch_families(routers: Sequence[Replica]) -> Iterator[Metric]:
     yield from (size, closed, in_flight, limit, busy, error, trusted)
 
 
-_ENGINE: tuple[tuple[str, str, str, Callable[..., Any]], ...] = (
+_ENGINE: _Table = (
     ("running", "pimoe_sequences_running", "Sequences that are generated", _GAUGE),
     ("preempted", "pimoe_sequences_preempted", "Sequences that gave their KV blocks up and wait", _GAUGE),
     ("preemptions", "pimoe_preemptions", "Times that a sequence gave its KV blocks up", _COUNTER),
@@ -234,7 +236,7 @@ _ENGINE: tuple[tuple[str, str, str, Callable[..., Any]], ...] = (
 )
 
 
-_KV_BLOCKS: tuple[tuple[str, str, str, Callable[..., Any]], ...] = (
+_KV_BLOCKS: _Table = (
     (
         "prefix_query_tokens",
         "pimoe_prefix_cache_query_tokens",
@@ -244,7 +246,7 @@ _KV_BLOCKS: tuple[tuple[str, str, str, Callable[..., Any]], ...] = (
     ("prefix_hit_tokens", "pimoe_prefix_cache_hit_tokens", "Prompt tokens that were there", _COUNTER),
     ("evictions", "pimoe_kv_block_evictions", "Blocks of known prefixes given away", _COUNTER),
 )
-_MICRO_BATCHES: tuple[tuple[str, str, str, Callable[..., Any]], ...] = (
+_MICRO_BATCHES: _Table = (
     ("single", "pimoe_single_batch_steps", "Steps in one batch", _COUNTER),
     ("double", "pimoe_micro_batch_steps", "Steps in two micro-batches", _COUNTER),
     ("probes", "pimoe_micro_batch_probes", "Steps in two to find out what they take", _COUNTER),
@@ -275,7 +277,7 @@ def _engine_families(routers: Sequence[Replica]) -> Iterator[Metric]:
 
 
 def _scalars(
-    table: Sequence[tuple[str, str, str, Callable[..., Any]]],
+    table: _Table,
     parts: Sequence[tuple[list[str], Mapping[str, Any]]],
     labels: list[str],
 ) -> Iterator[Metric]:

@@ -72,10 +72,9 @@ def test_cleared_blocks_hold_nothing_and_others_keep_theirs() -> None:
         assert not values[:, :, 4:].any()
 
 
-def test_bytes_are_those_of_the_blocks() -> None:
+def test_a_block_takes_the_bytes_of_all_layers() -> None:
     cache = new_cache(5)
     assert cache.bytes_per_block == 2 * BLOCK * 3 * 8 * 4
-    assert cache.bytes == 6 * cache.bytes_per_block
 
 
 def plan(segments: tuple[Segment, ...], window: int | None = None) -> Step:

@@ -82,11 +82,6 @@ class KVCache:
         self._gathered = torch.empty(0, dtype=dtype, device=device)
 
     @property
-    def bytes(self) -> int:
-        """Memory of all blocks; on a CPU the system gives it only as blocks are first used."""
-        return self._pool.nbytes
-
-    @property
     def bytes_per_block(self) -> int:
         """Memory of one block in all layers."""
         return self.layout.block_bytes(self.block_tokens, self._pool.dtype)

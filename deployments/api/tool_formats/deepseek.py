@@ -46,12 +46,7 @@ class DeepSeekParser(TextParser):
         return True
 
     def _read_arguments(self) -> bool:
-        count = self._span.push(self.buffer)
-        self.argue(self.buffer[:count])
-        self.buffer = self.buffer[count:]
-        if self._span.done:
-            self.state = self._read_end
-        return bool(self.buffer)
+        return self.read_arguments(self._span, self._read_end)
 
     def _read_end(self) -> bool:
         return self.skip_until(_ONE_END, self.read_content)

@@ -40,14 +40,7 @@ class LlamaParser(TextParser):
     def _read_call(self) -> bool:
         if not self._call.raw and not self._call.announced:
             self.buffer = self.buffer.lstrip()
-        self.buffer = self._call.push(self.buffer)
-        if self._call.failed and not self._call.announced:
-            self.buffer = self._call.raw + self.buffer
-            self.state = self.read_content
-            return True
-        if self._call.done or self._call.failed:
-            self.state = self._read_start
-        return bool(self.buffer)
+        return self.read_object(self._call, self._read_start)
 
     def break_off(self) -> None:
         """See `TextParser`."""

@@ -45,14 +45,7 @@ class MistralParser(TextParser):
         return True
 
     def _read_object(self) -> bool:
-        self.buffer = self._call.push(self.buffer)
-        if self._call.failed and not self._call.announced:
-            self.buffer = self._call.raw + self.buffer
-            self.state = self.read_content
-            return True
-        if self._call.done or self._call.failed:
-            self.state = self._next_object
-        return bool(self.buffer)
+        return self.read_object(self._call, self._next_object)
 
     def _read_name(self) -> bool:
         at = self.buffer.find("{")
@@ -69,12 +62,7 @@ class MistralParser(TextParser):
         return True
 
     def _read_arguments(self) -> bool:
-        count = self._span.push(self.buffer)
-        self.argue(self.buffer[:count])
-        self.buffer = self.buffer[count:]
-        if self._span.done:
-            self.state = self.read_content
-        return bool(self.buffer)
+        return self.read_arguments(self._span, self.read_content)
 
     def break_off(self) -> None:
         """See `TextParser`."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from ....runtime.generation.stopping import first_stop, held_back
+from .json_calls import CallReader, JsonSpan
 
 # Looks at the buffer; False when there is too little text for it to go on.
 State: TypeAlias = Callable[[], bool]
@@ -124,6 +125,26 @@ class TextParser:
             return False
         self.state = then
         return True
+
+    def read_object(self, call: CallReader, then: State) -> bool:
+        """As a state: a call that is one JSON object. One that is none is text, and so is all that follows."""
+        self.buffer = call.push(self.buffer)
+        if call.failed and not call.announced:
+            self.buffer = call.raw + self.buffer
+            self.state = self.read_content
+            return True
+        if call.done or call.failed:
+            self.state = then
+        return bool(self.buffer)
+
+    def read_arguments(self, span: JsonSpan, then: State) -> bool:
+        """As a state: gives all up to the end of an object as the call's arguments."""
+        count = span.push(self.buffer)
+        self.argue(self.buffer[:count])
+        self.buffer = self.buffer[count:]
+        if span.done:
+            self.state = then
+        return bool(self.buffer)
 
     def say(self, text: str) -> None:
         """Gives text, without the space that follows a call."""
