@@ -29,6 +29,7 @@ from pimoe.runtime.router.router import Router
 from pimoe.runtime.routing.dispatch import Dispatcher
 from pimoe.runtime.routing.plan import ExpertRows, contiguous_placement
 from torch import Tensor
+from waiting import within_patience
 
 # Models this small gain nothing from a second thread, and on a busy machine they lose twentyfold by it.
 torch.set_num_threads(1)
@@ -249,3 +250,24 @@ def at_rest(engine: Engine) -> bool:
     statistics = engine.statistics()
     quiet = not statistics.running and not statistics.preempted and not statistics.queue.items
     return quiet and not statistics.kv_blocks.held
+
+
+StartEngine = Callable[..., Engine]
+
+
+@contextlib.asynccontextmanager
+async def started_engines(folder: Path) -> AsyncGenerator[StartEngine, None]:
+    """Gives a function that starts engines; all of them are closed afterwards, and must be at rest then."""
+    engines: list[Engine] = []
+
+    def start_engine(**options: Any) -> Engine:
+        engines.append(make_engine(folder, **options))
+        engines[-1].start()
+        return engines[-1]
+
+    yield start_engine
+    for engine in engines:
+        for group in controlled(engine):
+            group.gate.set()
+        await within_patience(engine.close())
+        assert at_rest(engine)

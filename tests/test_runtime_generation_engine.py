@@ -8,14 +8,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from checkpoints import make_checkpoint
-from engines import Answer, Clock, Reader, alone, at_rest, controlled, hold, make_engine, prompt_of, read, request
+from engines import (
+    Answer,
+    Clock,
+    Reader,
+    StartEngine,
+    alone,
+    at_rest,
+    controlled,
+    hold,
+    make_engine,
+    prompt_of,
+    read,
+    request,
+    started_engines,
+)
 from hypothesis import given, settings, target
 from hypothesis import strategies as st
 from pimoe.runtime.batching import QueueLimits
@@ -42,25 +56,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint("qwen3_moe", tmp_path_factory.mktemp("qwen3"), num_hidden_layers=2)
 
 
-StartEngine = Callable[..., Engine]
-
-
 @pytest.fixture
 async def start(folder: Path) -> AsyncIterator[StartEngine]:
-    """Started engines, closed after the test."""
-    engines: list[Engine] = []
-
-    def start_engine(**options: Any) -> Engine:
-        engines.append(make_engine(folder, **options))
-        engines[-1].start()
-        return engines[-1]
-
-    yield start_engine
-    for engine in engines:
-        for group in controlled(engine):
-            group.gate.set()
-        await within_patience(engine.close())
-        assert at_rest(engine)
+    async with started_engines(folder) as start_engine:
+        yield start_engine
 
 
 # Alone and among others.

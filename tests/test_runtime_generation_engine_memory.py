@@ -7,7 +7,7 @@ happen to it while it is preempted.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from engines import (
     Answer,
     Clock,
     Reader,
+    StartEngine,
     alone,
     at_rest,
     controlled,
@@ -26,6 +27,7 @@ from engines import (
     prompt_of,
     read,
     request,
+    started_engines,
 )
 from pimoe.runtime.batching import QueueLimits
 from pimoe.runtime.errors import DeadlineExceededError, PimoeError, RequestCancelledError, UnavailableError
@@ -36,8 +38,6 @@ from waiting import eventually, nothing_left_behind, within_patience  # noqa: F4
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
-StartEngine = Callable[..., Engine]
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -46,20 +46,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 async def start(folder: Path) -> AsyncIterator[StartEngine]:
-    """Started engines, closed after the test."""
-    engines: list[Engine] = []
-
-    def start_engine(**options: Any) -> Engine:
-        engines.append(make_engine(folder, **options))
-        engines[-1].start()
-        return engines[-1]
-
-    yield start_engine
-    for engine in engines:
-        for group in controlled(engine):
-            group.gate.set()
-        await within_patience(engine.close())
-        assert at_rest(engine)
+    async with started_engines(folder) as start_engine:
+        yield start_engine
 
 
 LOW = request(prompt_of(21), 30, priority=0.0)
