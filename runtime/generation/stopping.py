@@ -140,17 +140,13 @@ class StoppingBackend:
     async def _stopped(self, request: GenerateRequest, codec: Codec) -> AsyncGenerator[TokenChunk, None]:
         sampling = request.sampling
         decoder = codec.incremental(prompt_context(request.prompt_token_ids))
-        scanner = StopScanner(sampling.stop, sampling.min_tokens)
+        scanner, silent = StopScanner(sampling.stop, sampling.min_tokens), terminators(self.model, sampling)
         for token in request.emitted:
             scanner.push(decoder.push([token]))
             scanner.take(complete=False)
         async with aclosing(self.backend.generate(request)) as chunks:
             async for chunk in chunks:
-                ids = (
-                    chunk.token_ids[:-1]
-                    if is_silent(chunk, terminators(self.model, sampling))
-                    else chunk.token_ids
-                )
+                ids = chunk.token_ids[:-1] if is_silent(chunk, silent) else chunk.token_ids
                 for count, token in enumerate(ids, start=1):
                     if scanner.push(decoder.push([token])):
                         yield _ended(chunk, count)
