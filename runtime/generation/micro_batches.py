@@ -85,8 +85,8 @@ class ForwardTimes:
 
 class MicroBatchStatistics(NamedTuple):
     """Steps in one batch and in two, and of both those run to probe; mean seconds of trunk, experts and link in
-    the latest forwards; how many times as fast as one two should be by the model, at the last decision, and were by
-    what steps of the last such size took."""
+    the latest forwards; how many times as fast as one two should be by the model, at the last decision, and were
+    by what steps of that size took."""
 
     single: int
     double: int
