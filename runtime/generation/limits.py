@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import get_args
 
 from ..errors import ConfigurationError
-from ..model.kv_cache import BLOCK_TOKENS
 from .micro_batches import MicroBatching
 
 
@@ -30,7 +29,7 @@ class EngineLimits:
     max_sequences: int = 32
     max_step_tokens: int = 512
     max_context_tokens: int | None = None
-    block_tokens: int = BLOCK_TOKENS
+    block_tokens: int = 16  # `BLOCK_TOKENS`, written out: who only reads settings need not import torch
     kv_blocks: int | None = None
     kv_memory_fraction: float = 0.25
     reuse_prefixes: bool = True
