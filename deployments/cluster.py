@@ -17,14 +17,18 @@ import time
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
+from ..runtime.daemon_threads import DaemonThreads
 from ..runtime.errors import ConfigurationError, InsufficientResourcesError, PimoeError, UnavailableError
 from .processes import ignore_signals
 from .settings import AppSettings
 
 APP_NAME = "pimoe"
 _READY_TIMEOUT_S = 60.0
+_POLL_S = 0.02
 
 
 def haproxy_is_installed() -> bool:
@@ -168,13 +172,20 @@ class LocalCluster:
         application = build(settings)
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         self._serve_started = True
+        options = HTTPOptions(host=self.host, port=self.port)
+        threads = DaemonThreads(1, "serve-start")  # none that Ctrl-C would have to wait for
         try:
             progress("starting Ray Serve")
-            serve.start(http_options=HTTPOptions(host=self.host, port=self.port), logging_config=_QUIET)
+            started = threads.submit(partial(serve.start, http_options=options, logging_config=_QUIET))
+            _await_controller(started)
+            # The replicas need no proxy to start: neither waits for the other.
             progress(f"starting the gateway, the router and {len(settings.group_settings())} expert groups")
             serve.run(application, name=APP_NAME, route_prefix="/", logging_config=_QUIET)
+            started.result()
         except Exception as error:  # Serve wraps whatever a replica or its proxy raised
             raise PimoeError(f"the application did not start: {_why_it_failed(error)}") from error
+        finally:
+            threads.close()
         progress("linking them")
         self._wait_ready()
 
@@ -186,7 +197,7 @@ class LocalCluster:
         while time.monotonic() < until:
             with contextlib.suppress(OSError), opener.open(f"{self.url}/v2/health/ready", timeout=5):
                 return
-            time.sleep(0.1)
+            time.sleep(_POLL_S)
         raise UnavailableError(f"the application was not ready within {_READY_TIMEOUT_S:g} s")
 
     def stop(self) -> None:
@@ -249,6 +260,19 @@ def _import_quietly() -> Any:
         warnings.simplefilter("ignore")
         import ray
     return ray
+
+
+def _await_controller(started: Future[None]) -> None:
+    """Wait until Serve's controller is there to be asked, or `started`, which starts it, has failed."""
+    import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    while not started.done():
+        with contextlib.suppress(ValueError):  # there is none yet
+            ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+            return
+        time.sleep(_POLL_S)
+    started.result()
 
 
 def _why_it_failed(error: Exception) -> str:
