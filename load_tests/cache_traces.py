@@ -44,7 +44,7 @@ class Trace:
 def make_traces(preset: Preset) -> Iterator[Trace]:
     """The same ones in every run."""
     rng = np.random.default_rng(_SEED)
-    zipf = {skew: _zipf(rng, preset, skew) for skew in (0.8, 1.0)}
+    zipf = {skew: zipf_trace(rng, preset.keys, preset.requests, skew) for skew in (0.8, 1.0)}
     shifting = zipf[1.0].copy()
     for part in np.array_split(shifting, 8):
         part[:] = rng.permutation(preset.keys)[part]
@@ -61,10 +61,11 @@ def make_traces(preset: Preset) -> Iterator[Trace]:
         yield _trace(name, asked)
 
 
-def _zipf(rng: np.random.Generator, preset: Preset, skew: float) -> NDArray[np.int64]:
-    weights = 1 / np.arange(1, preset.keys + 1) ** skew
-    ranks = np.searchsorted(np.cumsum(weights) / weights.sum(), rng.random(preset.requests))
-    return rng.permutation(preset.keys)[np.minimum(ranks, preset.keys - 1)]
+def zipf_trace(rng: np.random.Generator, keys: int, requests: int, skew: float) -> NDArray[np.int64]:
+    """Numbers below `keys`, of which the r-th most popular is asked for with probability ~ 1 / r ** skew."""
+    weights = 1 / np.arange(1, keys + 1) ** skew
+    ranks = np.searchsorted(np.cumsum(weights) / weights.sum(), rng.random(requests))
+    return rng.permutation(keys)[np.minimum(ranks, keys - 1)]
 
 
 def _trace(name: str, asked: NDArray[np.int64]) -> Trace:

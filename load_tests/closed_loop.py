@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import cycle
+from typing import cast
 from urllib.parse import urlsplit
 
 import wrk
@@ -83,8 +84,7 @@ class _Client(asyncio.Protocol):
         self._until = self._sent = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's own is no subclass of it
 
     def start(self, until: float) -> None:
         self._until = until
