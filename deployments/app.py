@@ -43,7 +43,7 @@ def build(args: AppSettings | dict[str, Any]) -> Application:
     links = _link_config(args)
     group_apps = {
         name: _deployment(ExpertGroupReplica, name, args, settings, {"threads": settings.threads}).bind(
-            GroupConfig(name, folder, experts, dtype, args.device, settings.threads, args.batch_invariant), links
+            GroupConfig(name, folder, experts, dtype, args.device, settings.threads, args.expert_options()), links
         )
         for name, experts, settings in groups
     }
@@ -108,6 +108,7 @@ def _gateway_config(args: AppSettings, placed: tuple[tuple[str, tuple[int, ...]]
         prefetch=cache.to_prefetch(),
         prompt_cache=args.gateway.prompt_cache.to_limits(),
         batch_invariant=args.batch_invariant,
+        expert_quantization=args.expert_quantization,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..runtime.experts.group import ExpertGroup
+from ..runtime.experts.options import DEFAULTS, ExpertOptions
 from ..runtime.experts.server import ExpertGroupHandler
 from ..runtime.loop_thread import LoopThread
 from ..runtime.model.checkpoint import Checkpoint
@@ -33,7 +34,7 @@ class GroupConfig:
     dtype: str
     device: str
     threads: int
-    batch_invariant: bool = False
+    options: ExpertOptions = DEFAULTS
 
 
 class ExpertGroupReplica:
@@ -45,7 +46,7 @@ class ExpertGroupReplica:
         checkpoint = Checkpoint(config.folder)
         spec = read_spec(checkpoint)
         dtype = torch_dtype(config.dtype)
-        group = ExpertGroup.load(checkpoint, spec.experts, config.experts, dtype, device, config.batch_invariant)
+        group = ExpertGroup.load(checkpoint, spec.experts, config.experts, dtype, device, config.options)
         self._config = config
         self._fingerprint = checkpoint.fingerprint()
         self._load = LoadMeter()

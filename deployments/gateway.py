@@ -61,6 +61,7 @@ class GatewayConfig:
     prefetch: PrefetchLimits = field(default_factory=PrefetchLimits)
     prompt_cache: PromptCacheLimits = field(default_factory=PromptCacheLimits)
     batch_invariant: bool = False
+    expert_quantization: str | None = None
 
 
 class GatewayReplica:
@@ -87,6 +88,7 @@ class GatewayReplica:
                 _tokenizer_digest(Path(config.folder)),
                 tuple(experts for _, experts in config.groups),
                 config.batch_invariant,
+                config.expert_quantization,
             ),
             config.share_tenants,
         )

@@ -21,6 +21,7 @@ from ..runtime.batching.limits import Order
 from ..runtime.caching import CacheLimits, PrefetchLimits, RedisLevel, RedisLimits
 from ..runtime.embedded import CHECKPOINT
 from ..runtime.errors import ConfigurationError
+from ..runtime.experts.options import ExpertOptions, Quantization
 from ..runtime.generation.limits import EngineLimits
 from ..runtime.generation.micro_batches import MicroBatching
 from ..runtime.links import LinkLimits
@@ -294,7 +295,8 @@ class AppSettings(_Section):
         name: what requests call the model; the folder's name by default.
         dtype: float32, bfloat16, float16; the checkpoint's own by default.
         batch_invariant: whether a token's numbers are the same to the bit whatever else is computed with it.
-            Slower; load_tests/batch_invariance.py says by how much.
+            Slower; load_tests/engine_switches.py says by how much.
+        expert_quantization: "int8" rounds the experts' weights to 8 bits; see `ExpertOptions`.
         groups: how many expert groups, or one entry for each.
         group_defaults: settings of the groups when `groups` is a number.
         health_check_period_s: how soon a dead replica is noticed and replaced.
@@ -305,6 +307,7 @@ class AppSettings(_Section):
     dtype: str | None = None
     device: str = "auto"
     batch_invariant: bool = False
+    expert_quantization: Quantization | None = None
     groups: int | list[GroupSettings] = 2
     group_defaults: GroupSettings = Field(default_factory=GroupSettings)
     router: RouterSettings = Field(default_factory=RouterSettings)
@@ -312,6 +315,10 @@ class AppSettings(_Section):
     links: LinkSettings = Field(default_factory=LinkSettings)
     health_check_period_s: float = Field(default=1.0, gt=0)
     health_check_timeout_s: float = Field(default=10.0, gt=0)
+
+    def expert_options(self) -> ExpertOptions:
+        """How the groups compute."""
+        return ExpertOptions(self.batch_invariant, self.expert_quantization)
 
     @model_validator(mode="after")
     def _check_limits(self) -> Self:

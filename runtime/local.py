@@ -19,6 +19,7 @@ from typing import Literal, Self
 
 from .experts.client import LocalGroup, RemoteGroup
 from .experts.group import ExpertGroup
+from .experts.options import ExpertOptions, Quantization
 from .experts.process import GroupProcess, GroupProcessConfig
 from .links import Endpoint, LinkPool
 from .links.authentication import new_secret
@@ -66,6 +67,7 @@ class LocalRuntime:
         name: str | None = None,
         dtype: str | None = None,
         batch_invariant: bool = False,
+        expert_quantization: Quantization | None = None,
         limits: RouterLimits | None = None,
     ) -> LocalRuntime:
         """Load and start everything. What was started is stopped again when something fails.
@@ -74,10 +76,12 @@ class LocalRuntime:
             groups: how many expert groups the experts are split into.
             replicas: processes of each group; only with `isolation="processes"`.
             batch_invariant: see `Decoder.load`.
+            expert_quantization: see `ExpertOptions`.
 
         Raises:
             CheckpointError, UnknownFamilyError, ConfigurationError.
         """
+        options = ExpertOptions(batch_invariant, expert_quantization)
         trunk = load_trunk(folder, name, dtype, batch_invariant=batch_invariant)
         placement = contiguous_placement(trunk.info.num_experts, groups)
         async with contextlib.AsyncExitStack() as cleanup:
@@ -86,13 +90,13 @@ class LocalRuntime:
             backends: list[GroupBackend]
             if isolation == "in-process":
                 backends = [
-                    _load_group(folder, experts, trunk.info.dtype, batch_invariant) for experts in placement.groups
+                    _load_group(folder, experts, trunk.info.dtype, options) for experts in placement.groups
                 ]
             else:
                 secret = new_secret()
                 configs = [
                     GroupProcessConfig(
-                        f"group-{index}", str(folder), experts, trunk.info.dtype, secret, 1, batch_invariant
+                        f"group-{index}", str(folder), experts, trunk.info.dtype, secret, 1, options
                     )
                     for index, experts in enumerate(placement.groups)
                 ]
@@ -122,10 +126,10 @@ class LocalRuntime:
         await self.close()
 
 
-def _load_group(folder: Path, experts: Sequence[int], dtype: str, batch_invariant: bool) -> LocalGroup:
+def _load_group(folder: Path, experts: Sequence[int], dtype: str, options: ExpertOptions) -> LocalGroup:
     checkpoint = Checkpoint(folder)
     spec = read_spec(checkpoint).experts
-    group = ExpertGroup.load(checkpoint, spec, experts, torch_dtype(dtype), batch_invariant=batch_invariant)
+    group = ExpertGroup.load(checkpoint, spec, experts, torch_dtype(dtype), options=options)
     return LocalGroup(group)
 
 

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from pimoe.deployments.cluster import LocalCluster
 
 
+@pytest.fixture
+def torch_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts are computed by torch, as where there are no native kernels for them."""
+    monkeypatch.setattr("pimoe.runtime.experts.loading.has_native", lambda *_: False)
+
+
 @pytest.fixture(scope="session")
 def application() -> Iterator[LocalCluster]:
     """The embedded model behind HTTP: group-0 with two replicas, group-1 with one."""

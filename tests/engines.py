@@ -18,6 +18,7 @@ from pimoe.runtime.batching import BatchLimits, QueueLimits
 from pimoe.runtime.errors import PimoeError
 from pimoe.runtime.experts.client import LocalGroup
 from pimoe.runtime.experts.group import ExpertGroup
+from pimoe.runtime.experts.options import ExpertOptions
 from pimoe.runtime.generation.engine import Engine
 from pimoe.runtime.generation.limits import EngineLimits
 from pimoe.runtime.model.checkpoint import Checkpoint
@@ -95,7 +96,7 @@ def _groups(folder: Path, count: int, batch_invariant: bool) -> list[ExpertGroup
     spec = read_spec(checkpoint).experts
     placement = contiguous_placement(spec.num_experts, count)
     return [
-        ExpertGroup.load(checkpoint, spec, experts, torch.float32, batch_invariant=batch_invariant)
+        ExpertGroup.load(checkpoint, spec, experts, torch.float32, options=ExpertOptions(batch_invariant))
         for experts in placement.groups
     ]
 

@@ -165,6 +165,7 @@ def own_pieces(spec: ExpertSpec, experts: tuple[int, ...]) -> list[str]:
     return pieces
 
 
+@pytest.mark.usefixtures("torch_experts")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("experts", [(0, 1, 2), (5,), (4, 2)])
 def test_a_group_reads_and_holds_the_bytes_of_its_own_experts_only(
@@ -343,6 +344,7 @@ def test_calibration_uses_the_grouped_kernel_from_where_it_wins(
         assert used[-1] == ("grouped" if pairs >= threshold else "loop")
 
 
+@pytest.mark.usefixtures("torch_experts")
 def test_one_calibration_serves_all_layers(
     monkeypatch: pytest.MonkeyPatch, decoder_folders: dict[str, Path]
 ) -> None:

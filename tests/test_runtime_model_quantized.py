@@ -112,6 +112,7 @@ def test_fp8_blocks_at_the_edges_are_smaller() -> None:
     ]
 
 
+@pytest.mark.usefixtures("torch_experts")
 def test_a_group_reads_its_own_slices_of_mxfp4_only(mxfp4: Path) -> None:
     """Every scale of the other experts becomes NaN."""
     tensors = load_file(mxfp4 / "model.safetensors")
@@ -169,6 +170,7 @@ def test_other_quantizations_are_refused(family: str, values: Any, message: str,
         read_spec(Checkpoint(folder))
 
 
+@pytest.mark.usefixtures("torch_experts")
 @pytest.mark.parametrize("family", ["deepseek_v2", "qwen3_moe"])
 def test_fp8_of_other_families_is_read_too(family: str, tmp_path: Path) -> None:
     folder = make_checkpoint(family, tmp_path / "fp8")

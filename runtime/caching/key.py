@@ -8,6 +8,7 @@
     tokenizer_digest         `Serving`                        tokenizer and chat template: what a prompt means
     placement                `Serving`                        experts per group: the order that sums are rounded in
     batch_invariant          `Serving`                        other kernels
+    expert_quantization      `Serving`                        other weights
     tenant                   the request                      nothing is shared between tenants, unless configured
     endpoint                 "infer" or "generate"
     generate: cache_salt     the request                      the caller's own way to share nothing
@@ -30,12 +31,13 @@ from __future__ import annotations
 import hashlib
 import struct
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 from .. import __version__
 from ..requests import GenerateRequest, InferRequest, ModelInfo
 
-KEY_SCHEMA = 3
+KEY_SCHEMA = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,7 @@ class Serving:
     tokenizer_digest: str = ""
     placement: tuple[tuple[int, ...], ...] = ()
     batch_invariant: bool = False
+    expert_quantization: str | None = None
 
 
 _PLAIN = Serving()
@@ -53,8 +56,12 @@ _PLAIN = Serving()
 class _CanonicalHash:
     """SHA-256 over type-tagged, length-prefixed values."""
 
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
+    def __init__(self, begun: Any = None) -> None:
+        self._hash = hashlib.sha256() if begun is None else begun
+
+    def copy(self) -> _CanonicalHash:
+        """One that goes on from here by itself."""
+        return _CanonicalHash(self._hash.copy())
 
     def add(self, value: Any) -> None:
         if value is None:
@@ -84,6 +91,11 @@ class _CanonicalHash:
 
 
 def _start(model: ModelInfo, serving: Serving, tenant: str, endpoint: str) -> _CanonicalHash:
+    return _started(model, serving, tenant, endpoint).copy()
+
+
+@lru_cache(maxsize=64)  # one model and a few tenants: what they have in common takes longer to hash than most requests
+def _started(model: ModelInfo, serving: Serving, tenant: str, endpoint: str) -> _CanonicalHash:
     canonical = _CanonicalHash()
     for value in (KEY_SCHEMA, __version__):
         canonical.add(value)

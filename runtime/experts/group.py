@@ -16,6 +16,7 @@ from ..model.spec import ExpertSpec
 from ..routing.plan import ExpertRows
 from .layers import LayerExperts
 from .loading import load_layers
+from .options import DEFAULTS, ExpertOptions
 
 
 class GroupStatistics(NamedTuple):
@@ -50,19 +51,20 @@ class ExpertGroup:
         experts: Sequence[int],
         dtype: torch.dtype,
         device: str = "cpu",
-        batch_invariant: bool = False,
+        options: ExpertOptions = DEFAULTS,
     ) -> ExpertGroup:
         """Read just these experts' tensors from the checkpoint and find the fastest kernel for them.
 
         Args:
-            batch_invariant: see `Decoder.load`.
+            options: how to compute them.
 
         Raises:
             CheckpointError: a tensor is missing or has the wrong shape.
+            ConfigurationError: options that these experts cannot have.
         """
         if unknown := [expert for expert in experts if not 0 <= expert < spec.num_experts]:
             raise CheckpointError(f"experts {unknown} are not in the model, which has {spec.num_experts}")
-        layers = load_layers(checkpoint, spec, experts, dtype, device, batch_invariant)
+        layers = load_layers(checkpoint, spec, experts, dtype, device, options)
         return cls(experts, layers, spec.hidden_size)
 
     @property
@@ -86,7 +88,9 @@ class ExpertGroup:
             raise InvalidTensorError(f"layer {layer} has no experts; these have: {sorted(self.layers)}")
         _check_rows(rows, self.hidden_size, len(self.experts))
         with torch.inference_mode():
-            partial = _partial_sums(experts, rows, len(self.experts))
+            partial = experts.partial_sums(rows)
+        if partial is None:
+            raise _misfit(rows, self.hidden_size, len(self.experts))
         self._batches += 1
         self._rows += rows.hidden.shape[0]
         self._pairs += len(rows.experts)
@@ -105,29 +109,13 @@ def _check_rows(rows: ExpertRows, hidden_size: int, num_experts: int) -> None:
         and experts.ndim == 1
         and experts.shape == weights.shape == (offsets[-1],)
         and experts.size > 0
-        and offsets[0] == 0
-        and (offsets[1:] - offsets[:-1]).min() >= 0
-        and experts.min() >= 0
-        and experts.max() < num_experts
     )
     if not fits:
-        raise InvalidTensorError(
-            f"rows {tuple(hidden.shape)} with pairs of shape {experts.shape} do not fit a group of {num_experts} "
-            f"experts of hidden size {hidden_size}"
-        )
+        raise _misfit(rows, hidden_size, num_experts)
 
 
-def _partial_sums(layer: LayerExperts, rows: ExpertRows, num_experts: int) -> Tensor:
-    order = np.argsort(rows.experts, kind="stable")
-    tokens = np.repeat(np.arange(rows.hidden.shape[0]), rows.offsets[1:] - rows.offsets[:-1])[order]
-    bounds = np.zeros(num_experts + 1, np.int32)
-    np.cumsum(np.bincount(rows.experts, minlength=num_experts), out=bounds[1:])
-    device = rows.hidden.device
-    token_index = torch.from_numpy(tokens).to(device)
-    outputs = layer.forward(rows.hidden.to(layer.dtype).index_select(0, token_index), bounds)
-    weighted = outputs.float() * torch.from_numpy(rows.weights[order]).to(device)[:, None]
-    partial = torch.zeros(rows.hidden.shape, dtype=torch.float32, device=device)
-    if device.type == "cpu":
-        return partial.index_add_(0, token_index, weighted)
-    # On a GPU index_add_ adds in any order. This sorts first: a dispatch that is sent again gives the same bits.
-    return partial.index_put_((token_index,), weighted, accumulate=True)
+def _misfit(rows: ExpertRows, hidden_size: int, num_experts: int) -> InvalidTensorError:
+    return InvalidTensorError(
+        f"rows {tuple(rows.hidden.shape)} with pairs of shape {rows.experts.shape} do not fit a group of "
+        f"{num_experts} experts of hidden size {hidden_size}"
+    )

@@ -8,18 +8,19 @@ from torch import Tensor
 
 from ..model.tiles import TILE_ROWS, by_tiles
 from ..routing.plan import Int32
-from .layers import LayerExperts
+from .layers import SortedExperts
 
 
-class InTiles:
+class InTiles(SortedExperts):
     """Any kind of experts, given `TILE_ROWS` rows of one expert in each call.
 
     Args:
         experts: compute each row on its own.
-        num_experts: how many they are.
     """
 
-    def __init__(self, experts: LayerExperts, num_experts: int) -> None:
+    def __init__(self, experts: SortedExperts) -> None:
+        num_experts = experts.num_experts
+        super().__init__(num_experts)
         self.experts = experts
         # Bounds of a tile that is all of one expert: nothing before it, everything from it on.
         self._bounds = (np.arange(num_experts + 1)[None, :] > np.arange(num_experts)[:, None]).astype(np.int32)

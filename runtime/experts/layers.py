@@ -1,7 +1,8 @@
-"""The experts of one layer that a group holds. A new kind of expert is a new class here.
+"""The experts of one layer that a group holds, computed by torch. A new kind of expert is a new class here.
 
-Every kind takes rows already sorted by expert: `hidden [pairs, hidden]` where local expert e has the rows
-`bounds[e]:bounds[e + 1]`, and returns `[pairs, hidden]`, unweighted.
+`SortedExperts` take rows already sorted by expert: `hidden [pairs, hidden]` where local expert e has the rows
+`bounds[e]:bounds[e + 1]`, and return `[pairs, hidden]`, unweighted. Others get a dispatch's rows as they come and
+do all of it themselves (`native`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 from ..model.feed_forward import ACTIVATION_FUNCTIONS
 from ..model.spec import Activation
-from ..routing.plan import Int32
+from ..routing.plan import ExpertRows, Int32
+from .tensors import ExpertTensors
 
 _CALIBRATION_PAIRS = (1, 8, 64, 512)
 _NEVER = 2**62
@@ -32,17 +34,62 @@ class LayerExperts(Protocol):
         """Bytes of weights held."""
         ...
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """What `forward` wants its rows in."""
+    def partial_sums(self, rows: ExpertRows) -> Tensor | None:
+        """The rows' weighted sums over these experts, `[rows, hidden]` float32; None where a pair names no expert
+        of these."""
         ...
 
+
+class SortedExperts(ABC):
+    """Experts that compute rows sorted by expert.
+
+    Args:
+        num_experts: how many they are.
+    """
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+
+    @property
+    @abstractmethod
+    def weights_bytes(self) -> int:
+        """See `LayerExperts`."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of rows and results."""
+
+    @abstractmethod
     def forward(self, hidden: Tensor, bounds: Int32) -> Tensor:
         """See the module."""
-        ...
+
+    def partial_sums(self, rows: ExpertRows) -> Tensor | None:
+        """See `LayerExperts`."""
+        if not _pairs_fit(rows, self.num_experts):
+            return None
+        order = np.argsort(rows.experts, kind="stable")
+        tokens = np.repeat(np.arange(rows.hidden.shape[0]), rows.offsets[1:] - rows.offsets[:-1])[order]
+        bounds = np.zeros(self.num_experts + 1, np.int32)
+        np.cumsum(np.bincount(rows.experts, minlength=self.num_experts), out=bounds[1:])
+        device = rows.hidden.device
+        token_index = torch.from_numpy(tokens).to(device)
+        outputs = self.forward(rows.hidden.to(self.dtype).index_select(0, token_index), bounds)
+        weighted = outputs.float() * torch.from_numpy(rows.weights[order]).to(device)[:, None]
+        partial = torch.zeros(rows.hidden.shape, dtype=torch.float32, device=device)
+        if device.type == "cpu":
+            return partial.index_add_(0, token_index, weighted)
+        # On a GPU index_add_ adds in any order. This sorts first: what is sent again gives the same bits.
+        return partial.index_put_((token_index,), weighted, accumulate=True)
 
 
-class StackedExperts(ABC):
+def _pairs_fit(rows: ExpertRows, num_experts: int) -> bool:
+    offsets, experts = rows.offsets, rows.experts
+    in_order = offsets[0] == 0 and (offsets[1:] - offsets[:-1]).min() >= 0
+    return bool(in_order and experts.min() >= 0 and experts.max() < num_experts)
+
+
+class StackedExperts(SortedExperts):
     """Feed-forward experts of one shape, stacked: `down(combine(gate_up(x)))`; kinds differ in `_combine`.
 
     Args:
@@ -55,6 +102,7 @@ class StackedExperts(ABC):
     """
 
     def __init__(self, gate_up: Tensor, down: Tensor, biases: tuple[Tensor, Tensor] | None = None) -> None:
+        super().__init__(down.shape[0])
         self.gate_up = gate_up
         self.down = down
         self.biases = biases
@@ -67,6 +115,20 @@ class StackedExperts(ABC):
     @abstractmethod
     def _combine(self, gate: Tensor, up: Tensor) -> Tensor:
         """What goes into the second product; both `[rows, intermediate]`, and may be overwritten."""
+
+    def combine(self, projected: Tensor) -> Tensor:
+        """What goes into the second product: of `[rows, 2 * inner]`, which is overwritten, `[rows, inner]`."""
+        return self._combine(*projected.chunk(2, dim=-1))
+
+    def store(self, expert: int, tensors: ExpertTensors) -> None:
+        """Takes over one expert's tensors."""
+        self.gate_up[expert], self.down[expert] = tensors.gate_up, tensors.down
+        self.store_biases(expert, tensors)
+
+    def store_biases(self, expert: int, tensors: ExpertTensors) -> None:
+        """Takes over one expert's biases, if it has any."""
+        if self.biases is not None and tensors.biases is not None:
+            self.biases[0][expert], self.biases[1][expert] = tensors.biases
 
     @property
     def weights_bytes(self) -> int:
@@ -92,7 +154,7 @@ class StackedExperts(ABC):
             projected = F.linear(hidden[limits[expert] : limits[expert + 1]], self.gate_up[expert])
             if self.biases is not None:  # added afterwards, so that both kernels round alike
                 projected += self.biases[0][expert]
-            out = F.linear(self._combine(*projected.chunk(2, dim=-1)), self.down[expert])
+            out = F.linear(self.combine(projected), self.down[expert])
             if self.biases is not None:
                 out += self.biases[1][expert]
             outputs.append(out)
@@ -103,11 +165,11 @@ class StackedExperts(ABC):
         ends = torch.from_numpy(bounds[1:]).to(hidden.device)
         projected = F.grouped_mm(hidden, self.gate_up.transpose(1, 2), offs=ends)
         if self.biases is None:
-            combined = self._combine(*projected.chunk(2, dim=-1))
+            combined = self.combine(projected)
             return F.grouped_mm(combined, self.down.transpose(1, 2), offs=ends)
         counts = torch.from_numpy(np.diff(bounds).astype(np.int64)).to(hidden.device)
         projected += self.biases[0].repeat_interleave(counts, 0, output_size=hidden.shape[0])
-        combined = self._combine(*projected.chunk(2, dim=-1))
+        combined = self.combine(projected)
         out = F.grouped_mm(combined, self.down.transpose(1, 2), offs=ends)
         out += self.biases[1].repeat_interleave(counts, 0, output_size=hidden.shape[0])
         return out
@@ -181,10 +243,11 @@ def _best_time_s(function: Callable[[], Tensor]) -> float:
     return min(times)
 
 
-class CustomExperts:
+class CustomExperts(SortedExperts):
     """Experts that are modules of the user's own: each `[tokens, hidden] -> [tokens, hidden]`."""
 
     def __init__(self, modules: Sequence[nn.Module], dtype: torch.dtype) -> None:
+        super().__init__(len(modules))
         self.modules = list(modules)
         self._dtype = dtype
 

@@ -28,6 +28,7 @@ from ..model.checkpoint import Checkpoint
 from ..model.families import read_spec
 from ..tensors import torch_dtype
 from .group import ExpertGroup
+from .options import DEFAULTS, ExpertOptions
 from .server import ExpertGroupHandler
 
 _CLOSE_TIMEOUT_S = 5.0
@@ -44,7 +45,7 @@ class GroupProcessConfig:
     dtype: str
     secret: str
     threads: int = 1
-    batch_invariant: bool = False
+    options: ExpertOptions = DEFAULTS
 
 
 class GroupProcess:
@@ -141,7 +142,7 @@ def _load(config: GroupProcessConfig) -> ExpertGroup:
     torch.set_num_threads(config.threads)
     checkpoint = Checkpoint(Path(config.folder))
     spec, dtype = read_spec(checkpoint).experts, torch_dtype(config.dtype)
-    return ExpertGroup.load(checkpoint, spec, config.experts, dtype, batch_invariant=config.batch_invariant)
+    return ExpertGroup.load(checkpoint, spec, config.experts, dtype, options=config.options)
 
 
 async def _serve(config: GroupProcessConfig, address: str, parent: TextIO) -> None:
@@ -177,7 +178,8 @@ def main() -> None:
     with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as stdin:
         fields = json.loads(stdin.readline())
     address = fields.pop("address")
-    config = GroupProcessConfig(**{**fields, "experts": tuple(fields["experts"])})
+    options = ExpertOptions(**fields.pop("options"))
+    config = GroupProcessConfig(**{**fields, "experts": tuple(fields["experts"]), "options": options})
     try:
         new_event_loop().run_until_complete(_serve(config, address, parent))
     except PimoeError as error:

@@ -1,0 +1,200 @@
+// The Python side: `_kernels`. Addresses of tensors come in as integers and are checked where the tensors are made
+// (`kernels.py`); the interpreter lock is released while a kernel runs.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "common.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include <immintrin.h>
+#define PIMOE_X86 1
+#endif
+
+namespace pimoe {
+
+#ifdef PIMOE_X86
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16,avx2,fma,bmi2,prefer-vector-width=512")
+namespace avx512 {
+#include "vector_avx512.h"
+#include "products.h"
+}  // namespace avx512
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi2")
+namespace avx2 {
+#include "vector_generic.h"
+#include "products.h"
+}  // namespace avx2
+#pragma GCC pop_options
+#endif
+
+namespace portable {
+#include "vector_generic.h"
+#include "products.h"
+}  // namespace portable
+
+struct Kernels {
+  const char* name;
+  bool pairs_of_bytes;  // int8 with bfloat16: whether weights are signs and magnitudes in pairs (see `packing.py`)
+  void (*experts)(const Experts&, const Dispatch&, int);
+  void (*product)(Kind, const Matrix&, const void*, int64_t, void*, bool, int64_t, int);
+};
+
+const Kernels PORTABLE{"portable", false, portable::run_experts, portable::run_product};
+#ifdef PIMOE_X86
+const Kernels AVX2{"avx2", false, avx2::run_experts, avx2::run_product};
+const Kernels AVX512{"avx512", true, avx512::run_experts, avx512::run_product};
+#endif
+
+const Kernels* kernels_named(const char* name) {
+#ifdef PIMOE_X86
+  __builtin_cpu_init();
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool best = std::strcmp(name, "best") == 0;
+  if (avx512 && (best || std::strcmp(name, AVX512.name) == 0)) return &AVX512;
+  if (avx2 && (best || std::strcmp(name, AVX2.name) == 0)) return &AVX2;
+  if (best || std::strcmp(name, PORTABLE.name) == 0) return &PORTABLE;
+  return nullptr;
+#else
+  return std::strcmp(name, "best") == 0 || std::strcmp(name, PORTABLE.name) == 0 ? &PORTABLE : nullptr;
+#endif
+}
+
+const Kernels* chosen = &PORTABLE;
+
+}  // namespace pimoe
+
+using namespace pimoe;
+
+namespace {
+
+template <class T> T* pointer(PyObject* object) { return static_cast<T*>(PyLong_AsVoidPtr(object)); }
+
+bool expect(Py_ssize_t found, Py_ssize_t wanted) {
+  if (found == wanted) return true;
+  PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", wanted, found);
+  return false;
+}
+
+// Runs a kernel without the interpreter lock.
+template <class Run> PyObject* released(Run run) {
+  if (PyErr_Occurred()) return nullptr;
+  bool enough = true;
+  Py_BEGIN_ALLOW_THREADS;
+  try {
+    run();
+  } catch (const std::bad_alloc&) {
+    enough = false;
+  }
+  Py_END_ALLOW_THREADS;
+  if (!enough) return PyErr_NoMemory();
+  Py_RETURN_NONE;
+}
+
+template <class T> PyObject* capsule(T&& value, const char* name) {
+  return PyCapsule_New(new T(value), name, [](PyObject* self) {
+    delete static_cast<T*>(PyCapsule_GetPointer(self, PyCapsule_GetName(self)));
+  });
+}
+
+PyObject* use(PyObject*, PyObject* name) {
+  const char* text = PyUnicode_AsUTF8(name);
+  if (text == nullptr) return nullptr;
+  const Kernels* found = kernels_named(text);
+  if (found == nullptr) return PyErr_Format(PyExc_ValueError, "this machine has no kernels named %R", name);
+  chosen = found;
+  return Py_BuildValue("sO", found->name, found->pairs_of_bytes ? Py_True : Py_False);
+}
+
+// matrix(weights, scales, bias, columns, k)
+PyObject* matrix(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!expect(count, 5)) return nullptr;
+  Matrix made{pointer<const uint8_t>(args[0]), pointer<const float>(args[1]), pointer<const float>(args[2]),
+              PyLong_AsLongLong(args[3]), PyLong_AsLongLong(args[4])};
+  return PyErr_Occurred() ? nullptr : capsule(std::move(made), "matrix");
+}
+
+// experts(kind, activation, alpha, limit, experts, hidden, inner, gate_up, down)
+PyObject* experts(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!expect(count, 9)) return nullptr;
+  const auto* gate_up = static_cast<Matrix*>(PyCapsule_GetPointer(args[7], "matrix"));
+  const auto* down = static_cast<Matrix*>(PyCapsule_GetPointer(args[8], "matrix"));
+  if (gate_up == nullptr || down == nullptr) return nullptr;
+  Experts made{Kind(PyLong_AsLong(args[0])),
+               Activation(PyLong_AsLong(args[1])),
+               float(PyFloat_AsDouble(args[2])),
+               float(PyFloat_AsDouble(args[3])),
+               PyLong_AsLongLong(args[4]),
+               PyLong_AsLongLong(args[5]),
+               PyLong_AsLongLong(args[6]),
+               *gate_up,
+               *down};
+  return PyErr_Occurred() ? nullptr : capsule(std::move(made), "experts");
+}
+
+// Whether every pair names an expert that is there, and every row its own pairs.
+bool fits(const Experts& layer, const Dispatch& work) {
+  if (work.offsets[0] != 0 || work.offsets[work.rows] != work.pairs) return false;
+  for (int64_t row = 0; row < work.rows; ++row)
+    if (work.offsets[row + 1] < work.offsets[row]) return false;
+  for (int64_t pair = 0; pair < work.pairs; ++pair)
+    if (work.experts[pair] < 0 || work.experts[pair] >= layer.experts) return false;
+  return true;
+}
+
+// run_experts(experts, hidden, offsets, experts_of_pairs, weights, out, rows, pairs, threads): whether the pairs fit;
+// if not, nothing was computed.
+PyObject* run_experts(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!expect(count, 9)) return nullptr;
+  const auto* layer = static_cast<Experts*>(PyCapsule_GetPointer(args[0], "experts"));
+  if (layer == nullptr) return nullptr;
+  const Dispatch work{pointer<const void>(args[1]),  pointer<const int32_t>(args[2]), pointer<const int32_t>(args[3]),
+                      pointer<const float>(args[4]), pointer<float>(args[5]),         PyLong_AsLongLong(args[6]),  PyLong_AsLongLong(args[7])};
+  const int threads = int(PyLong_AsLong(args[8]));
+  if (PyErr_Occurred()) return nullptr;
+  if (!fits(*layer, work)) Py_RETURN_FALSE;
+  PyObject* done = released([&] { chosen->experts(*layer, work, threads); });
+  if (done == nullptr) return nullptr;
+  Py_DECREF(done);
+  Py_RETURN_TRUE;
+}
+
+// run_product(kind, matrix, rows, count, out, out_f32, columns, threads)
+PyObject* run_product(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!expect(count, 8)) return nullptr;
+  const Kind kind = Kind(PyLong_AsLong(args[0]));
+  const auto* weights = static_cast<Matrix*>(PyCapsule_GetPointer(args[1], "matrix"));
+  if (weights == nullptr) return nullptr;
+  const void* rows = pointer<const void>(args[2]);
+  const int64_t number = PyLong_AsLongLong(args[3]), columns = PyLong_AsLongLong(args[6]);
+  void* out = pointer<void>(args[4]);
+  const bool out_f32 = PyObject_IsTrue(args[5]) == 1;
+  const int threads = int(PyLong_AsLong(args[7]));
+  return released([&] { chosen->product(kind, *weights, rows, number, out, out_f32, columns, threads); });
+}
+
+#define PIMOE_FAST(name) \
+  { #name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(name)), METH_FASTCALL, nullptr }
+
+PyMethodDef methods[] = {
+    {"use", use, METH_O, "Choose kernels by name, or the best; returns their name and how they want int8 packed."},
+    PIMOE_FAST(matrix),
+    PIMOE_FAST(experts),
+    PIMOE_FAST(run_experts),
+    PIMOE_FAST(run_product),
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_kernels", "See kernels.py.", -1, methods};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__kernels() {
+  chosen = kernels_named("best");
+  return PyModule_Create(&definition);
+}
