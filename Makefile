@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # front of ours, so that it finds torch and transformers there and brings only what is missing or must differ.
 LOAD := $(VENV)/load_generator
 
-.PHONY: help install demo serve test check format bench clean
+.PHONY: help install demo serve test rivals check format bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,38 @@ $(LOAD)/.installed: constraints.txt | $(VENV)/.installed
 
 test: install $(LOAD)/.installed  ## Run the tests against the installed package
 	@$(BIN)/python -m pytest $(ARGS)
+
+# What pimoe is measured against, each in front of ours in the same way. Triton is apart: it wants an older numpy.
+# What cannot be installed is said, and skipped by the benchmarks; no mark remains, so that the next run tries again.
+RIVALS := $(VENV)/rivals
+TRITON := $(VENV)/rivals_triton
+LLAMA := $(VENV)/llama
+
+# $(call beside,FOLDER,EXTRA,CONSTRAINTS): an environment that looks into ours after its own, with the packages of
+# an extra. Of the extra, not with it: pimoe itself is there already.
+EXTRA = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(1)"])
+define beside
+@echo "Installing the $(2) into $(1) ..."
+@rm -rf $(1) && $(BIN)/python -m venv $(1)
+@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+  > "$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/pimoe.pth"
+@{ $(1)/bin/python -m pip --disable-pip-version-check install --quiet -c $(3) \
+    $$($(BIN)/python -c '$(call EXTRA,$(2))') 2> $(1)/pip.log && touch $(1)/.installed; } \
+  || { reason="$$(grep -i error $(1)/pip.log | tail -1)"; rm -rf $(1); echo "skipped: $(2): $$reason"; }
+endef
+
+rivals: $(RIVALS)/.installed $(TRITON)/.installed $(LLAMA)/.installed  ## Install what bench compares with
+
+$(RIVALS)/.installed: constraints.txt | $(VENV)/.installed
+	$(call beside,$(RIVALS),rivals,constraints.txt)
+
+$(TRITON)/.installed: constraints.txt | $(VENV)/.installed
+	@grep -v '^\(numpy\|tritonclient\)==' constraints.txt > $(VENV)/constraints_triton.txt
+	$(call beside,$(TRITON),triton,$(VENV)/constraints_triton.txt)
+
+# Built from source, for the instructions that this processor has; that takes minutes, so not at every change.
+$(LLAMA)/.installed: | $(VENV)/.installed
+	$(call beside,$(LLAMA),llama,constraints.txt)
 
 check: install .types/pimoe  ## Lint, types and layers
 	@$(BIN)/ruff check .

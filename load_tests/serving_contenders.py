@@ -1,0 +1,213 @@
+"""Who is compared in `compare_serving.py`: how each server is started and spoken to, or why it cannot be."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import orjson
+from pimoe.deployments.cluster import haproxy_is_installed
+
+HIDDEN, TOKENS = 512, 4
+BODY_BYTES = TOKENS * HIDDEN * 4
+HERE = Path(__file__).parent
+JSON_LENGTH = "Inference-Header-Content-Length"
+
+# In front of the environment that runs this, with which they share torch; `make rivals` makes them. Triton has one
+# of its own, since pytriton wants an older numpy.
+ENVIRONMENTS = Path(sys.prefix)
+
+
+def same(data: bytes) -> bytes:
+    """A body is a tensor and nothing else."""
+    return data
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A server of the layer.
+
+    Attributes:
+        key: for the command line and for results.
+        title: what it is called in tables.
+        is_batching, is_ours: a rival's best is taken over those that are not ours.
+        script: in `rivals/`; None: `pimoe serve`.
+        package: what must be importable in `environment_name`; None: what it needs is always there.
+        workers, threads: processes that compute, and torch threads in each; pimoe decides that by itself.
+        environment: more variables.
+        wrap, unwrap: between tensor bytes and bodies of requests and answers.
+        note: how it was set up.
+    """
+
+    key: str
+    title: str
+    script: str | None
+    note: str
+    package: str | None = None
+    environment_name: str = "rivals"
+    is_batching: bool = True
+    workers: int = 1
+    threads: int = 2
+    environment: Mapping[str, str] = field(default_factory=dict)
+    path: str = "/infer"
+    headers: Mapping[str, str] = field(default_factory=lambda: {"Content-Type": "application/octet-stream"})
+    wrap: Callable[[bytes], bytes] = same
+    unwrap: Callable[[bytes], bytes] = same
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is pimoe."""
+        return self.script is None
+
+    def command(self, model: Path, port: int) -> list[str]:
+        """What starts it."""
+        if self.script is None:
+            serve = ["from pimoe.deployments.command import main; main()", "serve", str(model)]
+            return [sys.executable, "-c", *serve, "--groups", "2", "--port", str(port)]
+        return [str(self._python), str(HERE / "rivals" / self.script)]
+
+    def variables(self, model: Path, port: int) -> dict[str, str]:
+        """Its environment, beside what this process has."""
+        if self.script is None:
+            return dict(self.environment)
+        return {
+            "MOE_LAYER_MODEL": str(model),
+            "MOE_LAYER_PORT": str(port),
+            "MOE_LAYER_WORKERS": str(self.workers),
+            "MOE_LAYER_THREADS": str(self.threads),
+            "OMP_NUM_THREADS": str(self.threads),
+            "PYTHONPATH": str(HERE / "rivals"),
+            **self.environment,
+        }
+
+    @property
+    def _python(self) -> Path:
+        folder = ENVIRONMENTS if self.package is None else ENVIRONMENTS / self.environment_name
+        return folder / "bin" / "python"
+
+    def missing(self) -> str | None:
+        """Why it cannot run here."""
+        if self.key == "serve-haproxy" and not haproxy_is_installed():
+            return "HAProxy is not installed; it comes with ray[serve] on Linux"
+        if self.package is None:
+            return None
+        if not self._python.exists():
+            return f"{self.package} is not installed: make rivals"
+        command = [self._python, "-c", f"import {self.package}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        if done.returncode == 0:
+            return None
+        return f"{self.package} cannot be imported: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}"
+
+
+# The same protocol, and the same way for tensor bytes to travel in it, in pimoe and in Triton.
+_TENSOR = {
+    "name": "hidden_states",
+    "datatype": "FP32",
+    "shape": [TOKENS, HIDDEN],
+    "parameters": {"binary_data_size": BODY_BYTES},
+}
+_PIMOE_HEAD = orjson.dumps(
+    {"inputs": [_TENSOR], "outputs": [{"name": "output", "parameters": {"binary_data": True}}]}
+)
+_TRITON_HEAD = orjson.dumps(
+    {
+        "inputs": [{**_TENSOR, "shape": [1, TOKENS, HIDDEN]}],
+        "outputs": [{"name": "output", "parameters": {"binary_data": True}}],
+    }
+)
+
+
+def _after_json(body: bytes) -> bytes:
+    """The tensor comes last."""
+    return body[-BODY_BYTES:]
+
+
+_RAY = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
+}
+_HAPROXY = {
+    **_RAY,
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+}
+
+
+def contenders(model_name: str) -> list[Contender]:
+    """All of them, ours first.
+
+    Args:
+        model_name: what pimoe calls the model: its folder's name.
+    """
+    return [
+        Contender(
+            "pimoe",
+            "pimoe, 2 expert groups",
+            None,
+            "pimoe serve: HAProxy, gateway, router and two expert groups in processes of their own; "
+            "result cache bypassed by header",
+            path=f"/v2/models/{model_name}/infer",
+            headers={
+                "Content-Type": "application/octet-stream",
+                JSON_LENGTH: str(len(_PIMOE_HEAD)),
+                "x-pimoe-cache": "false",
+            },
+            wrap=lambda body: _PIMOE_HEAD + body,
+            unwrap=_after_json,
+        ),
+        Contender(
+            "mosec", "mosec", "mosec_server.py", "raw bytes past its codecs", package="mosec", path="/inference"
+        ),
+        Contender(
+            "litserve", "LitServe", "litserve_server.py", "fast_queue (ZeroMQ), raw bytes", package="litserve"
+        ),
+        Contender(
+            "bentoml",
+            "BentoML",
+            "bentoml_service.py",
+            "adaptive batching: its window is learnt, not set; raw bytes; metrics off",
+            package="bentoml",
+        ),
+        Contender(
+            "triton",
+            "Triton (pytriton)",
+            "triton_server.py",
+            "HTTP, binary tensor data; no GRPC, no metrics",
+            package="pytriton",
+            environment_name="rivals_triton",
+            # Its Python stub finds libpython by the loader's path, and must find the one of this Python.
+            environment={"LD_LIBRARY_PATH": str(sysconfig.get_config_var("LIBDIR"))},
+            path="/v2/models/layer/infer",
+            headers={"Content-Type": "application/octet-stream", JSON_LENGTH: str(len(_TRITON_HEAD))},
+            wrap=lambda body: _TRITON_HEAD + body,
+            unwrap=_after_json,
+        ),
+        Contender(
+            "serve-haproxy",
+            "@serve.batch, HAProxy",
+            "ray_serve_batch.py",
+            "RAY_SERVE_ENABLE_HA_PROXY and RAY_SERVE_THROUGHPUT_OPTIMIZED, max_ongoing_requests 1000",
+            environment=_HAPROXY,
+        ),
+        Contender(
+            "serve",
+            "@serve.batch, default",
+            "ray_serve_batch.py",
+            "Serve's own ingress, max_ongoing_requests 1000",
+            environment=_RAY,
+        ),
+        Contender(
+            "starlette",
+            "Starlette, no batching",
+            "starlette_app.py",
+            "uvicorn with uvloop and httptools; each request alone",
+            is_batching=False,
+        ),
+    ]

@@ -1,0 +1,132 @@
+"""One server at a time: started, waited for until it answers rightly, weighed, and ended with all of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pimoe.deployments.cluster import free_port
+from pimoe.deployments.processes import descendants, end_descendants
+from serving_contenders import Contender
+from serving_model import Sample
+
+_START_TIMEOUT_S = 90.0
+_STOP_TIMEOUT_S = 20.0
+_POLL_S = 0.02
+
+
+class StartError(Exception):
+    """A server did not come up; says what it printed last."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """One that runs.
+
+    Attributes:
+        start_s: from the start of its first process to its first right answer.
+    """
+
+    contender: Contender
+    port: int
+    pid: int
+    start_s: float
+
+    def memory_bytes(self) -> int:
+        """Of all its processes: proportional set size, so that what they share counts once."""
+        return sum(_pss_bytes(pid) for pid in (self.pid, *descendants(self.pid)))
+
+
+@contextmanager
+def running(contender: Contender, model: Path, sample: Sample) -> Iterator[Server]:
+    """The server for the block, on a port of loopback.
+
+    Raises:
+        StartError, WrongAnswerError.
+    """
+    port = free_port()
+    environment = {**os.environ, **contender.variables(model, port)}
+    with tempfile.TemporaryDirectory(prefix="serving-", ignore_cleanup_errors=True) as folder:
+        log = Path(folder) / "log"
+        started = time.monotonic()
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                contender.command(model, port),
+                env=environment,
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            _wait_for_answer(process, contender, port, sample, log)
+            yield Server(contender, port, process.pid, time.monotonic() - started)
+        finally:
+            _stop(process)
+
+
+def ask(contender: Contender, port: int, body: bytes, timeout_s: float = 30.0) -> bytes:
+    """One request on a connection of its own.
+
+    Returns:
+        The tensor bytes of the answer.
+
+    Raises:
+        OSError, http.client.HTTPException: no answer, or another status than 200.
+    """
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
+    with contextlib.closing(connection):
+        connection.request("POST", contender.path, contender.wrap(body), dict(contender.headers))
+        response = connection.getresponse()
+        content = response.read()
+        if response.status != 200:
+            raise http.client.HTTPException(f"status {response.status}: {content[:200]!r}")
+        return contender.unwrap(content)
+
+
+def _wait_for_answer(
+    process: subprocess.Popen[bytes], contender: Contender, port: int, sample: Sample, log: Path
+) -> None:
+    until = time.monotonic() + _START_TIMEOUT_S
+    last = "no answer"
+    while process.poll() is None and time.monotonic() < until:
+        try:
+            sample.check(0, ask(contender, port, sample.bodies[0]))
+        except (OSError, http.client.HTTPException) as error:
+            last = str(error)
+            time.sleep(_POLL_S)
+        else:
+            return
+    ended = "" if process.poll() is None else f"; its process ended with {process.returncode}"
+    printed = " ".join(log.read_text(errors="replace").split())[-300:]
+    raise StartError(f"{last}{ended}; it printed: {printed or 'nothing'}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """As a supervisor would: SIGTERM, patience, and then whatever is left below this process."""
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_STOP_TIMEOUT_S)
+    end_descendants()
+
+
+def _pss_bytes(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/smaps_rollup") as file:
+            for line in file:
+                if line.startswith("Pss:"):
+                    return 1024 * int(line.split()[1])
+    except OSError:
+        pass  # it ended while we looked
+    return 0

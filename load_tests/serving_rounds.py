@@ -1,0 +1,158 @@
+"""The rounds of `compare_serving.py`: each server in turn runs alone, and is checked, loaded and weighed."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from report import progress
+from serving_client import Connection, request_bytes, run
+from serving_contenders import Contender
+from serving_model import Sample, WrongAnswerError
+from serving_open_loop import OpenLoop, offer, poisson
+from serving_process import Server, StartError, running
+from serving_wrk import ClosedLoop, find_wrk, with_wrk, without_wrk
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How much to measure.
+
+    Attributes:
+        rounds: each goes through all servers, and starts each of them anew.
+        connections: of the closed loops, which take `closed_s` each.
+        warm_s: a closed loop at the most connections before the others, not counted; memory is taken after it.
+        open_shares: rates of the open loops, in parts of what the best rival does in a closed loop; in the last
+            round only, when that is known. With one round only, `open_rates` instead, in requests/s.
+        ceiling_tokens, ceiling_times: the plain forward, how large and how often in each round.
+    """
+
+    rounds: int = 3
+    connections: tuple[int, ...] = (1, 32, 128)
+    closed_s: int = 2
+    warm_s: int = 1
+    open_shares: tuple[float, ...] = (0.3, 0.6, 0.9)
+    open_rates: tuple[float, ...] = ()
+    open_s: float = 3.0
+    bodies: int = 512
+    ceiling_tokens: int = 256
+    ceiling_times: int = 15
+
+
+@dataclass
+class Measured:
+    """Of one server, a value for each round.
+
+    Attributes:
+        closed: by connections.
+        open: by requests/s offered.
+        failed: why it was given up.
+    """
+
+    start_s: list[float] = field(default_factory=list)
+    memory_bytes: list[int] = field(default_factory=list)
+    closed: dict[int, list[ClosedLoop]] = field(default_factory=dict)
+    open: dict[float, OpenLoop] = field(default_factory=dict)
+    failed: str | None = None
+
+
+def measure(
+    contenders: Sequence[Contender], model: Path, sample: Sample, preset: Preset, ceiling: list[float]
+) -> dict[str, Measured]:
+    """All rounds.
+
+    Args:
+        sample: its bodies are what is sent, none of them twice in a row of as many requests.
+        ceiling: tokens/s of the plain forward go there, one of each round.
+    """
+    found = {contender.key: Measured() for contender in contenders}
+    for number in range(preset.rounds):
+        ceiling.append(sample.tokens_per_s(preset.ceiling_tokens, preset.ceiling_times))
+        rates = preset.open_rates
+        if number == preset.rounds - 1 and number > 0:
+            best = best_rival(contenders, found)
+            rates = tuple(share * best for share in preset.open_shares) if best else rates
+        # Another one begins in each round.
+        shift = number * len(contenders) // preset.rounds
+        for contender in (*contenders[shift:], *contenders[:shift]):
+            measured = found[contender.key]
+            if measured.failed is None:
+                progress(f"round {number + 1} of {preset.rounds}: {contender.title}")
+                try:
+                    _one_round(contender, model, sample, preset, rates, measured)
+                except (StartError, WrongAnswerError, RuntimeError, OSError) as error:
+                    measured.failed = f"{type(error).__name__}: {error}"
+                    progress(f"{contender.title} failed: {error}")
+    return found
+
+
+def best_rival(contenders: Sequence[Contender], found: dict[str, Measured]) -> float:
+    """The most requests/s that any of them did in any closed loop so far; 0 without any."""
+    loops = [
+        loop
+        for contender in contenders
+        if not contender.is_ours
+        for rounds in found[contender.key].closed.values()
+        for loop in rounds
+    ]
+    return max((loop.requests_per_s for loop in loops), default=0.0)
+
+
+def _one_round(
+    contender: Contender,
+    model: Path,
+    sample: Sample,
+    preset: Preset,
+    rates: Sequence[float],
+    measured: Measured,
+) -> None:
+    bodies = [contender.wrap(body) for body in sample.bodies]
+    requests = [request_bytes(contender.path, contender.headers, body) for body in bodies]
+    with running(contender, model, sample) as server, tempfile.TemporaryDirectory() as folder:
+        run(lambda: check_all(server, requests, sample, max(preset.connections)))
+        file = Path(folder) / "bodies"
+        closed_loop(server, bodies, requests, file, (max(preset.connections), preset.warm_s))
+        measured.memory_bytes.append(server.memory_bytes())
+        for connections in preset.connections:
+            loop = closed_loop(server, bodies, requests, file, (connections, preset.closed_s))
+            measured.closed.setdefault(connections, []).append(loop)
+        for rate in rates:
+            due = poisson(rate, preset.open_s)
+            measured.open[rate] = run(lambda due=due: offer(server.port, requests, due))
+    # Only what was measured to its end counts.
+    measured.start_s.append(server.start_s)
+
+
+async def check_all(server: Server, requests: Sequence[bytes], sample: Sample, connections: int) -> None:
+    """Ask everything once, with many requests at once, so that batches are checked too.
+
+    Raises:
+        WrongAnswerError: a number is off, or a request was not answered with 200.
+    """
+    waiting = iter(range(len(requests)))
+
+    async def caller() -> None:
+        connection = await Connection.connect(server.port)
+        for index in waiting:
+            answer = await connection.ask(requests[index])
+            if answer.status != 200:
+                raise WrongAnswerError(f"status {answer.status}: {answer.body[:200]!r}")
+            sample.check(index, server.contender.unwrap(answer.body))
+        connection.close()
+
+    async with asyncio.timeout(60):
+        await asyncio.gather(*(caller() for _ in range(connections)))
+
+
+def closed_loop(
+    server: Server, bodies: Sequence[bytes], requests: Sequence[bytes], file: Path, load: tuple[int, int]
+) -> ClosedLoop:
+    """With wrk, or without. `load`: connections and seconds."""
+    wrk = find_wrk()
+    if wrk is None:
+        return without_wrk(server.port, requests, load)
+    url = f"http://127.0.0.1:{server.port}{server.contender.path}"
+    return with_wrk(wrk, url, list(server.contender.headers.items()), bodies, file, load)
