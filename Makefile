@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # front of ours, so that it finds torch and transformers there and brings only what is missing or must differ.
 LOAD := $(VENV)/load_generator
 
-.PHONY: help install demo serve test rivals check format bench clean
+.PHONY: help install demo serve test rivals wrk check format bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -93,6 +93,12 @@ $(TRITON)/.installed: constraints.txt | $(VENV)/.installed
 $(LLAMA)/.installed: | $(VENV)/.installed
 	$(call beside,$(LLAMA),llama,constraints.txt)
 
+# The load generator of compare_serving, which has a slower one of its own for where this is missing.
+wrk:
+	@command -v wrk > /dev/null || \
+	  { [ "$$(id -u)" = 0 ] && { apt-get update -qq && apt-get install -y -qq wrk; } > /dev/null 2>&1; } || \
+	  echo "wrk is not installed and could not be (Debian: apt-get install wrk): the closed loop will be our own"
+
 check: install .types/pimoe  ## Lint, types and layers
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -107,7 +113,7 @@ check: install .types/pimoe  ## Lint, types and layers
 format: install  ## Sort imports and format the code
 	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
 
-bench: install  ## Run the benchmarks, or BENCH=NAME, one of load_tests/
+bench: install rivals wrk  ## Run the benchmarks, or BENCH=NAME, one of load_tests/
 	@set -e; for script in $(BENCH); do $(BIN)/python load_tests/$$script.py $(ARGS); done
 
 clean:  ## Remove the environment and everything that was made

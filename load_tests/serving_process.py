@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pimoe.deployments.cluster import free_port
-from pimoe.deployments.processes import descendants, end_descendants
+from pimoe.deployments.processes import descendants
 from serving_contenders import Contender
 from serving_model import Sample
 
 _START_TIMEOUT_S = 90.0
 _STOP_TIMEOUT_S = 20.0
+_ORPHANS_TIMEOUT_S = 3.0
 _POLL_S = 0.02
 
 
@@ -113,12 +114,34 @@ def _wait_for_answer(
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """As a supervisor would: SIGTERM, patience, and then whatever is left below this process."""
-    with contextlib.suppress(ProcessLookupError):
-        process.send_signal(signal.SIGTERM)
+    """As a supervisor would: SIGTERM, patience, and SIGKILL for what is left of all that were there."""
+    below = {pid: _born(pid) for pid in descendants(process.pid)}
+    process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(_STOP_TIMEOUT_S)
-    end_descendants()
+    process.kill()
+    process.wait()
+    patience = time.monotonic() + _ORPHANS_TIMEOUT_S
+    while time.monotonic() < patience + _STOP_TIMEOUT_S:
+        left = [pid for pid, born in below.items() if born is not None and _born(pid) == born]
+        if not left:
+            return
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL if time.monotonic() > patience else signal.SIGTERM)
+            with contextlib.suppress(ChildProcessError):  # an orphan that came to this process
+                os.waitpid(pid, os.WNOHANG)
+        time.sleep(_POLL_S)
+
+
+def _born(pid: int) -> str | None:
+    """What tells a process from a later one with the same number; None when it has ended."""
+    try:
+        # The name, in parentheses, may hold anything; state and start time are the 1st and 20th after it.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" and int(fields[1]) != os.getpid() else fields[19]
 
 
 def _pss_bytes(pid: int) -> int:

@@ -1,0 +1,405 @@
+"""The serving benchmark: its servers give right answers or are named with a reason, its generators lose no
+request, and its tables say what was measured. How fast anybody is is no test's business."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+FOLDER = Path(__file__).parents[1] / "load_tests"
+KEYS = {"pimoe", "mosec", "litserve", "bentoml", "triton", "serve-haproxy", "serve", "starlette"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def load_tests_importable() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        yield
+
+
+def module(name: str) -> Any:
+    return import_module(name)
+
+
+# A whole run -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, Path]:
+    """Facts, standard output, charts."""
+    folder = tmp_path_factory.mktemp("serving")
+    files = ["--json", str(folder / "facts.json"), "--svg", str(folder / "charts.svg")]
+    command = [sys.executable, str(FOLDER / "compare_serving.py"), "--preset", "tiny", *files]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "facts.json").read_text()), done.stdout, folder / "charts.svg"
+
+
+def test_every_server_is_measured_at_every_level_or_named_with_a_reason(run: Any) -> None:
+    facts, text, _ = run
+    assert facts["skipped"] == {}, "the tiny preset needs nothing but pimoe's own environment"
+    servers = {"pimoe", "serve-haproxy", "starlette"}
+    assert {row["server"] for row in facts["servers"]} == servers
+    rows = {(row["server"], row["connections"]): row for row in facts["closed"]}
+    assert rows.keys() == {(server, connections) for server in servers for connections in (1, 8)}
+    for row in rows.values():
+        assert row["requests_per_s"] > 0
+        assert 0 < row["p50_ms"] <= row["p99_ms"]
+        assert row["errors"] == 0
+        rivals = [rows[server, row["connections"]]["requests_per_s"] for server in servers - {"pimoe"}]
+        assert row["ratio"] == pytest.approx(row["requests_per_s"] / max(rivals))
+    for row in facts["servers"]:
+        assert row["start_s"] > 0
+        assert row["memory_mib"] > 50, "of an interpreter with torch"
+    assert text.startswith(f"{facts['machine']['cores']} cores of ")
+    assert all(len(line) <= 150 for line in text.splitlines()[1:])
+
+
+def test_an_open_loop_accounts_for_every_request_and_offers_all_the_same(run: Any) -> None:
+    facts, _, _ = run
+    assert len(facts["open"]) == 3
+    assert len({row["offered"] for row in facts["open"]}) == 1
+    for row in facts["open"]:
+        assert row["offered"] == row["answered"] + row["refused"] + row["late"] + row["failed"]
+        assert row["failed"] == 0
+
+
+def test_targets_are_judged_and_charts_drawn(run: Any) -> None:
+    facts, text, charts = run
+    assert facts["ceiling"]["tokens_per_s"] > 0
+    assert len(facts["targets"]) == 3, "p50 alone, requests/s at 8, tokens/s; the default ingress is not in it"
+    for row in facts["targets"]:
+        reached = row["value"] <= row["wanted"] if row["at_most"] else row["value"] >= row["wanted"]
+        assert row["reached"] == reached
+    assert ("MISSED" in text) == (not all(row["reached"] for row in facts["targets"]))
+    assert ElementTree.parse(charts).getroot().tag.endswith("svg")
+
+
+# The layer and the servers ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(module("serving_model").write_model(tmp_path_factory.mktemp("model") / "layer"))
+
+
+def test_the_rivals_layer_is_the_layer(model: Path) -> None:
+    """Against every expert on every token, weighted by a dense matrix."""
+    from safetensors.torch import load_file
+
+    sample = module("serving_model").Sample(model, 3)
+    tensors = load_file(model / "model.safetensors")
+    hidden = torch.frombuffer(bytearray(b"".join(sample.bodies)), dtype=torch.float32).reshape(-1, 512)
+    scores, chosen = functional.softmax(hidden @ tensors["gate.weight"].T, -1).topk(2)
+    weights = torch.zeros(len(hidden), 8).scatter(1, chosen, scores / scores.sum(-1, keepdim=True))
+    wanted = torch.zeros_like(hidden)
+    for expert in range(8):
+        gate, up, down = (tensors[f"experts.{expert}.{name}_proj.weight"] for name in ("gate", "up", "down"))
+        wanted += weights[:, expert, None] * ((functional.silu(hidden @ gate.T) * (hidden @ up.T)) @ down.T)
+    torch.testing.assert_close(torch.from_numpy(sample.answers).reshape(-1, 512), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_an_answer_that_is_off_or_short_is_wrong(model: Path) -> None:
+    serving_model = module("serving_model")
+    sample = serving_model.Sample(model, 2)
+    sample.check(1, sample.answers[1].tobytes())
+    for wrong in (sample.answers[0].tobytes(), b"", sample.answers[1].tobytes()[:-4]):
+        with pytest.raises(serving_model.WrongAnswerError):
+            sample.check(1, wrong)
+
+
+def test_rivals_that_are_not_installed_are_named_with_what_would_install_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving_contenders = module("serving_contenders")
+    everybody = serving_contenders.contenders("layer")
+    assert {contender.key for contender in everybody} == KEYS
+    monkeypatch.setattr(serving_contenders, "ENVIRONMENTS", tmp_path)
+    for contender in everybody:
+        if contender.package is not None:
+            assert "make rivals" in (contender.missing() or ""), contender.key
+
+
+def test_a_package_that_cannot_be_imported_is_named_with_the_error() -> None:
+    serving_contenders = module("serving_contenders")
+
+    @dataclass(frozen=True)
+    class Broken(serving_contenders.Contender):  # type: ignore[misc, name-defined]
+        @property
+        def _python(self) -> Path:
+            return Path(sys.executable)
+
+    assert "no_such_package" in Broken("x", "X", "x.py", "", package="no_such_package").missing()
+
+
+def made_up(code: str) -> Any:
+    """A contender that is a line of Python, told its port."""
+    serving_contenders = module("serving_contenders")
+
+    @dataclass(frozen=True)
+    class MadeUp(serving_contenders.Contender):  # type: ignore[misc, name-defined]
+        def command(self, model: Path, port: int) -> list[str]:
+            return [sys.executable, "-c", code, str(port)]
+
+    return MadeUp("made-up", "made up", "made_up.py", "")
+
+
+def test_a_server_that_ends_by_itself_is_given_up_with_what_it_printed(model: Path) -> None:
+    serving_process = module("serving_process")
+    sample = module("serving_model").Sample(model, 1)
+    contender = made_up("print('no such setting'); raise SystemExit(3)")
+    with (
+        pytest.raises(serving_process.StartError, match=r"ended with 3.*no such setting"),
+        serving_process.running(contender, model, sample),
+    ):
+        pass
+
+
+# Answers zeros, and has a child that ignores SIGTERM, whose number it writes down.
+_WRONG = """
+import http.server, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(15, 1); time.sleep(600)"])
+open(NOTE, "w").write(str(child.pid))
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.send_response(200); self.send_header("Content-Length", "8192"); self.end_headers()
+        self.wfile.write(bytes(8192))
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def test_a_server_with_wrong_numbers_is_refused_and_nothing_of_it_stays(model: Path, tmp_path: Path) -> None:
+    serving_process, serving_model = module("serving_process"), module("serving_model")
+    note = tmp_path / "child"
+    code = _WRONG.replace("NOTE", repr(str(note)))
+    sample = serving_model.Sample(model, 1)
+    with (
+        pytest.raises(serving_model.WrongAnswerError, match="off by"),
+        serving_process.running(made_up(code), model, sample),
+    ):
+        pass
+    assert serving_process._born(int(note.read_text())) is None
+
+
+# The generators --------------------------------------------------------------------------------------------------
+
+Handler = Callable[[int], Awaitable[int | None]]
+
+
+@asynccontextmanager
+async def http_server(handler: Handler) -> AsyncIterator[int]:
+    """The port of a server that answers each request, by its number, with a status; None: it hangs up."""
+    count = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal count
+        try:
+            while True:
+                await reader.readuntil(b"\r\n\r\nbody")
+                number, count = count, count + 1
+                status = await handler(number)
+                if status is None:
+                    return
+                writer.write(f"HTTP/1.1 {status} X\r\nContent-Length: 2\r\n\r\nok".encode())
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+
+
+def a_request() -> list[bytes]:
+    found: bytes = module("serving_client").request_bytes("/infer", {"X": "y"}, b"body")
+    return [found]
+
+
+async def test_an_open_loop_tells_apart_how_requests_end() -> None:
+    statuses = [200, 503, 429, 500, None]
+
+    async def handler(number: int) -> int | None:
+        return statuses[number % 5]
+
+    async with http_server(handler) as port:
+        outcome = await module("serving_open_loop").offer(port, a_request(), [0.001 * i for i in range(50)])
+    assert outcome.offered == 50
+    assert (outcome.answered, outcome.refused, outcome.failed, outcome.late) == (10, 20, 20, 0)
+    assert 0 < outcome.p50_s <= outcome.p99_s
+
+
+async def test_an_open_loop_goes_on_when_nobody_answers_and_counts_what_it_could_not_send() -> None:
+    asked = 0
+
+    async def silent(number: int) -> int | None:
+        nonlocal asked
+        asked += 1
+        await asyncio.sleep(3600)
+        return 200
+
+    async with http_server(silent) as port:
+        offer = module("serving_open_loop").offer
+        outcome = await offer(port, a_request(), [0.0] * 20, timeout_s=0.3, max_in_flight=4)
+    assert (outcome.offered, outcome.late) == (20, 20)
+    assert outcome.p50_s is None
+    assert asked <= 4 * 2, "in flight is bounded, and what is out of time is not sent"
+
+
+async def test_what_waits_for_a_connection_waits_on_its_own_account() -> None:
+    """Ten at once over one connection, 20 ms each: a loop that started clocks when it sent would say 20 ms."""
+
+    async def slow(number: int) -> int | None:
+        await asyncio.sleep(0.02)
+        return 200
+
+    async with http_server(slow) as port:
+        offer = module("serving_open_loop").offer
+        outcome = await offer(port, a_request(), [0.0] * 10, max_in_flight=1)
+    assert outcome.answered == 10
+    assert outcome.p99_s >= 10 * 0.02
+
+
+async def test_nobody_there_is_a_failure_of_each() -> None:
+    from pimoe.deployments.cluster import free_port
+
+    outcome = await module("serving_open_loop").offer(free_port(), a_request(), [0.0] * 5)
+    assert outcome.failed == 5
+
+
+def test_poisson_arrivals_are_the_same_every_time_and_about_as_many_as_asked_for() -> None:
+    poisson = module("serving_open_loop").poisson
+    due = poisson(500.0, 10.0)
+    assert due == poisson(500.0, 10.0)
+    assert due != poisson(500.0, 10.0, seed=1)
+    assert due == sorted(due)
+    assert 0 <= due[0] <= due[-1] < 10
+    assert abs(len(due) - 5000) < 5 * 5000**0.5
+    gaps = [b - a for a, b in pairwise(due)]
+    mean = sum(gaps) / len(gaps)
+    variance = sum((gap - mean) ** 2 for gap in gaps) / len(gaps)
+    assert variance**0.5 == pytest.approx(mean, rel=0.1), "exponential"
+
+
+async def test_our_own_closed_loop_counts_answers_and_errors() -> None:
+    async def handler(number: int) -> int | None:
+        return 500 if number % 2 else 200
+
+    serving_wrk = module("serving_wrk")
+    async with http_server(handler) as port:
+        loop = await serving_wrk._closed(port, a_request(), 3, 0.2)
+    assert loop.requests_per_s > 0
+    assert loop.errors > 0
+    assert 0 < loop.p50_s <= loop.p99_s
+
+
+def test_wrk_s_line_is_read_without_what_went_wrong() -> None:
+    loop = module("serving_wrk").parse("RESULT 2000000 1000 10 3 5000 9000")
+    assert loop.requests_per_s == pytest.approx(495.0)
+    assert (loop.p50_s, loop.p99_s, loop.errors) == (0.005, 0.009, 13)
+
+
+@pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed")
+async def test_wrk_sends_the_bodies_in_turn(tmp_path: Path) -> None:
+    serving_wrk = module("serving_wrk")
+    seen: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            try:
+                head = await reader.readuntil(b"\r\n\r\n")
+            except asyncio.IncompleteReadError:
+                writer.close()
+                return
+            assert b"X-Name: value" in head
+            assert head.startswith(b"POST /infer ")
+            seen.append(await reader.readexactly(4))
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/infer"
+    bodies = [b"a\x00\nb", b"1234", b"\xff\xfe\xfd\xfc"]
+    given = (serving_wrk.find_wrk(), url, [("X-Name", "value")], bodies, tmp_path / "bodies", (1, 1))
+    loop = await asyncio.to_thread(serving_wrk.with_wrk, *given)
+    server.close()
+    assert loop.errors == 0
+    assert loop.requests_per_s > 0
+    first = bodies.index(seen[0])  # wrk asks for one in vain before it begins
+    assert seen[:6] == [bodies[(first + turn) % 3] for turn in range(6)]
+
+
+# The tables ------------------------------------------------------------------------------------------------------
+
+
+def closed_row(server: str, connections: int, requests_per_s: float, p50_ms: float, **more: Any) -> dict[str, Any]:
+    row = {
+        "server": server,
+        "title": server,
+        "is_ours": server == "pimoe",
+        "is_batching": True,
+        "connections": connections,
+        "requests_per_s": requests_per_s,
+        "p50_ms": p50_ms,
+        "p99_ms": 2 * p50_ms,
+        "errors": 0,
+        "ratio": None,
+    }
+    return {**row, **more}
+
+
+def test_targets_compare_with_the_best_rival_and_alone_with_the_best_batching_one() -> None:
+    rows = [
+        closed_row("pimoe", 1, 200, 5.0),
+        closed_row("starlette", 1, 300, 3.0, is_batching=False),
+        closed_row("mosec", 1, 100, 10.0),
+        closed_row("pimoe", 128, 1100, 20.0, ratio=1.1),
+        closed_row("serve", 128, 200, 90.0),
+    ]
+    values = {
+        row["target"]: (row["value"], row["reached"]) for row in module("serving_tables").target_rows(rows, 8000)
+    }
+    assert values == {
+        "p50 at 1 connection, to the best batching rival": (0.5, True),
+        "requests/s at 128 connections, to the best rival": (1.1, False),
+        "requests/s at 128 connections, to @serve.batch with the default ingress": (5.5, True),
+        "tokens/s, to the plain torch forward with all cores": (pytest.approx(0.55), False),
+    }
+
+
+def test_where_pimoe_is_worse_is_said() -> None:
+    worse = module("serving_tables").worse
+    rows = [closed_row("pimoe", 32, 1000, 20.0), closed_row("mosec", 32, 1500, 21.0)]
+    (line,) = worse(rows, [])
+    assert "requests/s at 32 connections" in line
+    assert "mosec is 1.50 times" in line
+    assert "nowhere" in worse([closed_row("pimoe", 32, 1000, 20.0), closed_row("mosec", 32, 900, 21.0)], [])[0]
+    assert worse([closed_row("mosec", 32, 900, 21.0)], []) == ["pimoe was not measured."]
+
+
+def test_a_server_that_was_given_up_is_in_no_table() -> None:
+    serving_rounds, serving_tables = module("serving_rounds"), module("serving_tables")
+    loop = module("serving_wrk").ClosedLoop(100.0, 0.01, 0.02, 0)
+    contenders = module("serving_contenders").contenders("layer")
+    found = {contender.key: serving_rounds.Measured() for contender in contenders}
+    for key in ("mosec", "pimoe"):
+        found[key] = serving_rounds.Measured([1.0], [2**20], {32: [loop]})
+    found["serve"] = serving_rounds.Measured([1.0], [2**20], {32: [loop]}, failed="it fell over")
+    assert {row["server"] for row in serving_tables.closed_rows(contenders, found)} == {"pimoe", "mosec"}
+    assert serving_rounds.best_rival(contenders, {**found, "pimoe": found["serve"]}) == 100.0
