@@ -13,6 +13,7 @@ from ..runtime.model.checkpoint import Checkpoint
 from ..runtime.model.families import read_spec
 from ..runtime.model.loading import serving_dtype
 from ..runtime.routing.plan import Placement, contiguous_placement
+from . import direct
 from .autoscaling import with_default_policy
 from .expert_group import ExpertGroupReplica, GroupConfig
 from .gateway import GatewayConfig, GatewayReplica
@@ -65,12 +66,17 @@ def build(args: AppSettings | dict[str, Any]) -> Application:
     )
     ingress = serve.ingress()(GatewayReplica)
     gateway_config = _gateway_config(args, placed)
-    gateway = _deployment(ingress, "gateway", args, args.gateway, dict(gateway_config.live), _INGRESS_ENVIRONMENT)
+    environment = ingress_environment(args.gateway)
+    gateway = _deployment(ingress, "gateway", args, args.gateway, dict(gateway_config.live), environment)
     return cast(Application, gateway.bind(gateway_config, links, router_app, group_apps))
 
 
-# The ingress does nothing that blocks, and a hop between threads would cost it a third of its requests/s.
-_INGRESS_ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
+def ingress_environment(settings: ReplicaSettings) -> dict[str, str]:
+    """Serve's flags for the replicas of the gateway."""
+    # The ingress does nothing that blocks, and a hop between threads would cost it a third of its requests/s.
+    flags = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
+    # Serve's autoscaling goes by the requests that it has seen.
+    return flags if settings.autoscaling is not None else {**flags, **direct.ENVIRONMENT}
 
 
 def plan_groups(args: AppSettings) -> list[tuple[str, tuple[int, ...], GroupSettings]]:

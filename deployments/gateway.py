@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,9 @@ from ..runtime.requests import GenerateAnswer, GenerateRequest, InferAnswer, Inf
 from ..runtime.router.client import RouterClient
 from .api.app import create_app
 from .api.context import ApiSettings
+from .api.known_answers import KnownAnswers
 from .api.prompt_cache import ChatPrompts, PromptCache, PromptCacheLimits
+from .direct import serve_directly
 from .metrics import GatewayMetrics
 from .metrics_page import render
 from .replica import LinkConfig, LiveSettings, describe_all, identity, make_pool
@@ -96,12 +98,15 @@ class GatewayReplica:
             config.prefetch, self._cache.warm, self._cache.is_idle, self._cache.cache.__contains__
         )
         self._cache.watcher = self._prefetcher
+        self.known = KnownAnswers()
         self._metrics = GatewayMetrics()
         self._live = LiveSettings(config.live)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Serve after the constructor."""
-        return _leave_request_id_to_serve(self._metrics.observe(create_app(self)))
+        app = create_app(self)
+        serve_directly(app, self._metrics)
+        return _leave_request_id_to_serve(self._metrics.observe(app))
 
     @property
     def model(self) -> ModelInfo:
@@ -115,6 +120,10 @@ class GatewayReplica:
     async def generate(self, request: GenerateRequest, bypass: BypassReason | None) -> GenerateAnswer:
         """See `GatewayContext`."""
         return await self._cache.generate(request, bypass)
+
+    def recall(self, hits: Sequence[object]) -> bool:
+        """See `GatewayContext`."""
+        return self._cache.recall(hits)
 
     async def ready(self) -> bool:
         """Whether a router is linked that has links to every group; as of the last discovery, about a second."""
@@ -181,6 +190,7 @@ class GatewayReplica:
 
     def flush_memory(self, model: str | None, tenant: str | None) -> int:
         """This gateway's part of a flush; called by broadcast."""
+        self.known.clear()
         return self._cache.flush(model, tenant)
 
     async def metrics(self) -> tuple[bytes, str]:
@@ -214,6 +224,7 @@ class GatewayReplica:
             settings = CacheSettings.model_validate(user_config["cache"])
             limits, prefetch = settings.to_limits(), settings.to_prefetch()
             self._cache.cache.limits = limits
+            self.known.clear()
             if prefetch != self._prefetcher.limits:
                 self._prefetcher.limits = prefetch
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
+from functools import lru_cache
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -11,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..runtime.histogram import Histogram
 
 
+@lru_cache(maxsize=256)
 def _route(path: str) -> str:
     """A label for a path, out of a fixed set: paths are the client's, and labels must be bounded."""
     known = (
@@ -36,8 +38,8 @@ class GatewayMetrics:
 
     def __init__(self) -> None:
         self._statuses: Counter[tuple[str, int]] = Counter()
-        self._durations: dict[str, Histogram] = {}
-        self._first_bytes: dict[str, Histogram] = {}
+        self._durations: defaultdict[str, Histogram] = defaultdict(Histogram)
+        self._first_bytes: defaultdict[str, Histogram] = defaultdict(Histogram)
         self._running = 0
 
     def observe(self, app: ASGIApp) -> ASGIApp:
@@ -47,11 +49,12 @@ class GatewayMetrics:
             if scope["type"] != "http":
                 await app(scope, receive, send)
                 return
-            await self._observe_request(app, scope, receive, send)
+            await self.run(app, scope, receive, send)
 
         return observed
 
-    async def _observe_request(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    async def run(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request of `app`, counted."""
         route, started = _route(scope["path"]), time.monotonic()
         status, has_body = 499, False  # a client that left before it was answered
 
@@ -61,7 +64,7 @@ class GatewayMetrics:
                 status = message["status"]
             elif not has_body and message.get("body"):
                 has_body = True
-                self._first_bytes.setdefault(route, Histogram()).add(time.monotonic() - started)
+                self._first_bytes[route].add(time.monotonic() - started)
             await send(message)
 
         self._running += 1
@@ -70,7 +73,7 @@ class GatewayMetrics:
         finally:
             self._running -= 1
             self._statuses[route, status] += 1
-            self._durations.setdefault(route, Histogram()).add(time.monotonic() - started)
+            self._durations[route].add(time.monotonic() - started)
 
     def snapshot(self) -> dict[str, Any]:
         """Plain values, to be sent to the gateway that renders the page."""

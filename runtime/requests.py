@@ -268,18 +268,24 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class InferAnswer:
-    """A tensor result, and whether the cache gave it."""
+    """A tensor result, and whether the cache gave it.
+
+    Attributes:
+        hit: what the cache can be asked with whether it still gives the same; None where it gave nothing.
+    """
 
     outcome: CacheOutcome
     result: InferResult
+    hit: object | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateAnswer:
     """A generation, live or replayed. `response_id` and `created_s` (Unix time) are those of the request that
-    computed it, so that a cached answer is the computed one byte for byte."""
+    computed it, so that a cached answer is the computed one byte for byte. `hit`: as in `InferAnswer`."""
 
     outcome: CacheOutcome
     response_id: str
     created_s: int
     chunks: AsyncGenerator[TokenChunk, None]
+    hit: object | None = None

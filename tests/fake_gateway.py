@@ -10,7 +10,7 @@ import asyncio
 import codecs
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import uvicorn
 from pimoe.deployments.api import ApiSettings, create_app
+from pimoe.deployments.api.known_answers import KnownAnswers
 from pimoe.deployments.api.prompt_cache import ChatPrompts, PromptCache
 from pimoe.runtime.caching import BypassReason
 from pimoe.runtime.errors import UnavailableError
@@ -140,9 +141,15 @@ class FakeGateway:
             raise UnavailableError("no router yet", retry_after_s=2.5)
         return self.info
 
+    known: KnownAnswers | None = None
+    reads_clock: bool = False
+
+    def recall(self, hits: Sequence[object]) -> bool:
+        return False
+
     @property
     def prompts(self) -> ChatPrompts | None:
-        return None if self.tokenizer is None else ChatPrompts(self.tokenizer, self.prompt_cache)
+        return None if self.tokenizer is None else ChatPrompts(self.tokenizer, self.prompt_cache, self.reads_clock)
 
     async def infer(self, request: InferRequest, bypass: BypassReason | None) -> InferAnswer:
         self.inferred.append(request)

@@ -4,7 +4,8 @@ say who asked and who answered differ."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgpack
@@ -13,6 +14,7 @@ import orjson
 import pytest
 from fake_gateway import HIDDEN, ByteCodec, FakeGateway, Reply, ask, doubled, echo
 from fake_second_level import FakeSecondLevel
+from pimoe.deployments.api.known_answers import KnownAnswers
 from pimoe.runtime.caching import BypassReason, CachedBackend, CacheLimits, RedisLevel, RedisLimits, ResultCache
 from pimoe.runtime.generation.stopping import StoppingBackend
 from pimoe.runtime.requests import (
@@ -63,6 +65,10 @@ class CachedGateway(FakeGateway):
         seconds = iter(range(1_000, 100_000, 7))
         stopping = StoppingBackend(backend, ByteCodec())
         self.cached = CachedBackend(stopping, cache, second, wall_clock=lambda: next(seconds))
+        self.known: KnownAnswers = KnownAnswers()
+
+    def recall(self, hits: Sequence[object]) -> bool:
+        return self.cached.recall(hits)
 
     async def infer(self, request: InferRequest, bypass: BypassReason | None) -> InferAnswer:
         return await self.cached.infer(request, bypass)
@@ -143,7 +149,7 @@ def assert_same(computed: Reply, other: Reply, outcome: str) -> None:
     assert len(computed.body) > 50
 
 
-def opened() -> tuple[EchoBackend, FakeGateway]:
+def opened() -> tuple[EchoBackend, CachedGateway]:
     model = FakeGateway().info
     assert model is not None
     backend = EchoBackend(model)
@@ -156,6 +162,76 @@ async def test_from_memory(call: tuple[str, bytes, dict[str, str]]) -> None:
     count = backend.computed
     assert_same(computed, await send(gateway, call), "hit")
     assert backend.computed == count
+
+
+async def test_from_what_was_sent_before(call: tuple[str, bytes, dict[str, str]]) -> None:
+    backend, gateway = opened()
+    computed = await send(gateway, call)
+    await send(gateway, call)
+    count, hits = backend.computed, gateway.cached.statistics().memory.hits
+    streams = b"stream" in call[1]
+    assert len(gateway.known) == (0 if streams else 1)
+    assert_same(computed, await send(gateway, call), "hit")
+    assert backend.computed == count
+    assert gateway.cached.statistics().memory.hits == 2 * hits  # counted as the long way counts it
+
+
+async def test_what_was_sent_before_is_given_as_long_as_the_cache_gives_it() -> None:
+    backend, gateway = opened()
+    call = FORMATS["infer binary"]
+
+    async def outcomes(*times: str) -> None:
+        assert [(await send(gateway, call)).headers["x-pimoe-cache"] for _ in times] == list(times)
+
+    await outcomes("miss", "hit", "hit")
+    gateway.cached.flush()
+    await outcomes("miss", "hit", "hit")
+    gateway.cached.flush(tenant="another")
+    await outcomes("hit")
+    gateway.cached.flush(tenant="")
+    await outcomes("miss", "hit", "hit")
+    gateway.cached.cache.limits = replace(gateway.cached.cache.limits, ttl_s=0.0)
+    await outcomes("miss", "miss")
+    gateway.cached.cache.limits = CacheLimits()
+    await outcomes("miss", "hit", "hit")
+    gateway.cached.cache.limits = CacheLimits(max_bytes=0)
+    await outcomes("bypass", "bypass")
+    gateway.cached.cache.limits = CacheLimits()
+    await outcomes("miss", "hit", "hit")
+    backend.model = replace(backend.model, weights_digest="other")
+    await outcomes("miss", "hit", "hit")
+
+
+async def test_what_was_sent_before_is_for_equal_requests_only() -> None:
+    backend, gateway = opened()
+    path, body, headers = FORMATS["infer binary"]
+    for _ in range(3):
+        await send(gateway, (path, body, headers))
+    other = body[:-1] + bytes([body[-1] ^ 1])
+    for changed in (
+        (path, other, headers),
+        (path, body, {**headers, "x-pimoe-tenant": "a"}),
+        (path, body, {**headers, "x-pimoe-tenant": "b"}),
+    ):
+        count = backend.computed
+        outcomes = [(await send(gateway, changed)).headers["x-pimoe-cache"] for _ in range(3)]
+        assert outcomes == ["miss", "hit", "hit"]
+        assert backend.computed == count + 1
+    assert (await send(gateway, (path, body, {**headers, "x-pimoe-cache": "false"}))).headers[
+        "x-pimoe-cache"
+    ] == "bypass"
+    refused = await ask(gateway, "POST", path, body, {**headers, "x-pimoe-priority": "9"})
+    assert refused.status == 400
+    missing = await ask(gateway, "POST", "/v2/models/another/infer", body, headers)
+    assert missing.status == 404
+
+
+async def test_a_chat_that_tells_the_time_is_written_each_time() -> None:
+    _, gateway = opened()
+    gateway.reads_clock = True
+    for _ in range(3):
+        await send(gateway, FORMATS["chat"])
+    assert len(gateway.known) == 0
 
 
 async def test_joined_to_the_one_under_way(call: tuple[str, bytes, dict[str, str]]) -> None:

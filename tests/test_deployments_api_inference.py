@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from typing import Any
@@ -190,6 +191,31 @@ async def test_msgpack(session: aiohttp.ClientSession, gateway: FakeGateway, dat
     assert (answer["id"], answer["model_name"], answer["model_version"]) == ("a", "echo", "1")
     assert gateway.inferred[0].priority == 0.25
     assert 1.4 < gateway.inferred[0].timeout_s <= 1.5
+
+
+@pytest.mark.parametrize(("dtype", "datatype"), [("float32", "FP32"), ("bfloat16", "BF16"), ("float16", "FP16")])
+async def test_a_body_may_be_the_tensor_alone(
+    session: aiohttp.ClientSession, gateway: FakeGateway, dtype: str, datatype: str
+) -> None:
+    assert gateway.info is not None
+    gateway.info = replace(gateway.info, dtype=dtype)
+    array = states(datatype)
+    headers = {"inference-header-content-length": "0", "content-type": "application/octet-stream"}
+    async with session.post(INFER, data=array.tobytes(), headers=headers) as response:
+        assert response.status == 200
+        body, head = await response.read(), int(response.headers["inference-header-content-length"])
+    (output,) = json.loads(body[:head])["outputs"]
+    assert (output["datatype"], output["shape"]) == (datatype, list(array.shape))
+    np.testing.assert_array_equal(np.frombuffer(body[head:], array.dtype).reshape(array.shape), array * 2)
+    assert gateway.inferred[0].hidden_states.dtype == dtype
+
+
+async def test_a_tensor_alone_has_whole_rows(session: aiohttp.ClientSession, gateway: FakeGateway) -> None:
+    headers = {"inference-header-content-length": "0"}
+    async with session.post(INFER, data=bytes(4 * HIDDEN + 2), headers=headers) as response:
+        assert response.status == 400
+        assert f"a row of float32 takes {4 * HIDDEN}" in (await response.json())["detail"]
+    assert not gateway.inferred
 
 
 @pytest.mark.parametrize(("own", "binary"), [(None, True), (False, False), (True, True)])

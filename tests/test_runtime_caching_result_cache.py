@@ -53,6 +53,20 @@ def test_bytes_are_bounded_not_entries() -> None:
     assert cache.statistics().bytes == 3 * SLOT
 
 
+def test_holds_tells_one_value_from_an_equal_one_and_is_no_use_of_it() -> None:
+    clock = Clock()
+    cache: ResultCache[list[int]] = ResultCache(CacheLimits(ttl_s=10.0), clock)
+    value, equal = [1], [1]
+    cache.put(b"a", value, 1)
+    assert cache.holds(b"a", value)
+    assert not cache.holds(b"a", equal)
+    assert not cache.holds(b"b", value)
+    cache.put(b"a", equal, 1)
+    assert not cache.holds(b"a", value)
+    clock.now += 10.0
+    assert not cache.holds(b"a", equal)
+
+
 def test_entries_age() -> None:
     clock = Clock()
     cache = new_cache(3, clock, ttl_s=10.0)

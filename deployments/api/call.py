@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import os
 import secrets
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 
 from starlette.types import Receive, Scope, Send
@@ -17,6 +19,7 @@ from .bodies import check_headers, read_body
 from .context import ApiSettings, GatewayContext
 from .errors import Headers, MethodNotAllowedError
 from .fields import shown
+from .known_answers import Asked, KnownAnswer, asked
 from .lifetime import Lifetime, cancelled_from_behind
 from .options import CallOptions, check_one_tenant, from_headers
 
@@ -28,6 +31,15 @@ _OPENAI_PATHS = frozenset(("/v1", "/tokenize", "/detokenize"))
 # A client that does not read cannot be told of an error; do not wait for it longer than this.
 _LAST_WORDS_S = 1.0
 
+# An id must be unique, and need not be a secret: what the system draws once, and a count.
+_DRAWN = secrets.token_hex(8)
+_count = itertools.count(int.from_bytes(os.urandom(4), "little"))
+
+
+def new_id() -> str:
+    """32 hexadecimal digits that no other request has, in this process or another."""
+    return f"{_DRAWN}{next(_count):016x}"
+
 
 def request_id_of(headers: dict[bytes, bytes]) -> str:
     """The caller's `x-request-id` if it is short, visible ASCII, else a new one. It goes into headers and
@@ -37,7 +49,7 @@ def request_id_of(headers: dict[bytes, bytes]) -> str:
         text = given.decode("ascii")
         if text.isprintable() and " " not in text:
             return text
-    return secrets.token_hex(16)
+    return new_id()
 
 
 def is_openai(scope: Scope) -> bool:
@@ -50,6 +62,7 @@ class Call:
     """What a handler gets."""
 
     __slots__ = (
+        "_asked",
         "_send",
         "context",
         "headers",
@@ -71,6 +84,7 @@ class Call:
         self.lifetime = Lifetime(context.settings.default_timeout_s)
         self.started = False
         self.streams = False
+        self._asked: Asked | None = None
 
     @property
     def settings(self) -> ApiSettings:
@@ -79,7 +93,7 @@ class Call:
 
     def work_id(self) -> str:
         """An id for work behind the gateway. The caller's own id is part of it, but need not be unique."""
-        return f"{self.request_id[:64]}-{secrets.token_hex(6)}"
+        return f"{self.request_id[:64]}-{_DRAWN[:8]}{next(_count) & 0xFFFFFFFF:08x}"
 
     def header_options(self) -> CallOptions:
         """The options that the headers give.
@@ -108,6 +122,36 @@ class Call:
             DeadlineExceededError: nothing remains.
         """
         return self.lifetime.limit(timeout_s, self.settings.deadline_grace_s)
+
+    async def repeat(self, body: bytes) -> bool:
+        """Answers as before where this very request was answered from the cache, and would be now.
+
+        Returns:
+            Whether it was.
+        """
+        known = self.context.known
+        if known is None:
+            return False
+        self._asked = asked(self.scope, body)
+        if (answer := known.find(self._asked)) is None:
+            return False
+        if not self.context.recall(answer.hits):
+            known.drop(self._asked)
+            return False
+        await self._start(200, [*answer.headers])
+        await self._send({"type": "http.response.body", "body": answer.body})
+        return True
+
+    async def respond_hit(
+        self, body: bytes, content_type: bytes, extra: Iterable[tuple[bytes, bytes]], hits: Sequence[object]
+    ) -> None:
+        """Sends a whole answer made of hits of the cache, and keeps it for `repeat`. Only one that follows from
+        the request and the hits alone: not from the time of day, or chance."""
+        headers = [(b"content-type", content_type), (b"content-length", str(len(body)).encode()), *extra]
+        if self.context.known is not None and self._asked is not None:
+            self.context.known.put(self._asked, KnownAnswer([*headers], body, hits))
+        await self._start(200, headers)
+        await self._send({"type": "http.response.body", "body": body})
 
     async def respond(
         self,

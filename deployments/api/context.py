@@ -6,13 +6,14 @@ it with a few lines; `pimoe.runtime.model.tokenizer` implements `TextCodec`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 from ...runtime.caching import BypassReason
 from ...runtime.errors import ConfigurationError
 from ...runtime.requests import GenerateAnswer, GenerateRequest, InferAnswer, InferRequest, ModelInfo
+from .known_answers import KnownAnswers
 from .modes import MODE_NAMES, ModeName, Modes
 from .prompt_cache import ChatPrompts
 
@@ -201,6 +202,15 @@ class GatewayContext(Protocol):
 
     async def generate(self, request: GenerateRequest, bypass: BypassReason | None) -> GenerateAnswer:
         """Starts a generation. Closing `chunks` (`aclose`) cancels it, before its first item too."""
+        ...
+
+    @property
+    def known(self) -> KnownAnswers | None:
+        """Answers that were sent before; None: none are kept."""
+        ...
+
+    def recall(self, hits: Sequence[object]) -> bool:
+        """Whether the cache would give these (`hit` of earlier answers) again; then it has, and counted them."""
         ...
 
     async def ready(self) -> bool:

@@ -11,7 +11,7 @@ import orjson
 
 from ...runtime import __version__
 from ...runtime.errors import ModelNotFoundError, PimoeError, UnavailableError
-from ...runtime.requests import CacheOutcome, ModelInfo
+from ...runtime.requests import CacheOutcome, ModelInfo, TensorData
 from . import errors, wire
 from .bodies import MSGPACK_TYPES, decode_json, decode_msgpack, media_type
 from .call import Call, cache_header, combined
@@ -64,25 +64,40 @@ async def infer(call: Call) -> None:
     model = served_model(call)
     reader = _reader(call, model)
     body = await call.body()
+    if await call.repeat(body):
+        return
     if reader.encoding == "msgpack":
         tensor_call = reader.read(decode_msgpack(body, 0))
+    elif call.headers.get(JSON_LENGTH_HEADER) == b"0":
+        tensor_call = reader.read_raw(body)
     else:
         text, binary = split_body(body, call.headers.get(JSON_LENGTH_HEADER))
         tensor_call = reader.read(decode_json(text, call.settings.max_json_bytes), binary)
     remaining_s = call.start_clock(tensor_call.options.timeout_s)
     request = tensor_call.request(call.work_id(), remaining_s)
     answer = await call.context.infer(request, tensor_call.options.bypass)
-    output = answer.result.output
-    extra = [cache_header(answer.outcome)]
-    if not tensor_call.binary_output:
-        content = response_map(model, tensor_call, output, tensor_data(reader.encoding))
-        body = pack(content, reader.encoding)
-        await call.respond(body, _CONTENT_TYPES[reader.encoding], extra=extra)
-        return
-    head = orjson.dumps(response_map(model, tensor_call, output, lambda tensor: None))
-    extra.append((JSON_LENGTH_HEADER, str(len(head)).encode()))
+    content, content_type, extra = _written(model, reader.encoding, tensor_call, answer.result.output)
+    extra.append(cache_header(answer.outcome))
+    if answer.hit is None:
+        await call.respond(content, content_type, extra=extra)
+    else:
+        await call.respond_hit(content, content_type, extra, (answer.hit,))
+
+
+def _written(
+    model: ModelInfo, encoding: Encoding, call: TensorCall, output: TensorData
+) -> tuple[bytes, bytes, errors.Headers]:
+    """An answer's body, its content type, and the headers that tell how to read it."""
+    if not call.binary_output:
+        return (
+            pack(response_map(model, call, output, tensor_data(encoding)), encoding),
+            _CONTENT_TYPES[encoding],
+            [],
+        )
+    head = orjson.dumps(response_map(model, call, output, lambda tensor: None))
     # One copy: Serve's proxy mode pickles what is sent, so that a view would not do.
-    await call.respond(b"".join((head, output.data)), b"application/octet-stream", extra=extra)
+    body = b"".join((head, output.data))
+    return body, b"application/octet-stream", [(JSON_LENGTH_HEADER, str(len(head)).encode())]
 
 
 async def infer_many(call: Call) -> None:

@@ -2,7 +2,8 @@
 msgpack.
 
 The three carry one schema. In JSON a tensor's `data` is a list of numbers, or its bytes follow the JSON
-(binary tensor data extension); in msgpack `data` is bin.
+(binary tensor data extension); in msgpack `data` is bin. And a body may be the tensor's bytes alone (Triton's raw
+binary request).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import msgpack
 import orjson
 
 from ...runtime.errors import InvalidRequestError, InvalidTensorError
-from ...runtime.requests import InferRequest, ModelInfo, TensorData
+from ...runtime.requests import DTYPE_BYTES, InferRequest, ModelInfo, TensorData
 from . import wire
 from .context import ApiSettings
 from .fields import Fields, shown
@@ -81,6 +82,21 @@ class Reader:
             echo_id=echo_id,
             binary_output=_binary_output(fields, parameters) and self.encoding == "json",
         )
+
+    def read_raw(self, body: bytes) -> TensorCall:
+        """A body that is nothing but the tensor's bytes, in the datatype of the model's metadata; answered with
+        bytes too. Triton's raw binary request, which says so with `Inference-Header-Content-Length: 0`.
+
+        Raises:
+            InvalidTensorError: no whole rows, or not finite.
+        """
+        kind = wire.DATATYPES[wire.DATATYPE_OF.get(self.model.dtype, "FP32")]
+        row_bytes = self.model.hidden_size * DTYPE_BYTES[kind.name]
+        tokens, rest = divmod(len(body), row_bytes)
+        if rest:
+            wire.wrong(f"{len(body)} bytes of data; a row of {kind.name} takes {row_bytes}")
+        tensor = wire.from_bytes(kind, (tokens, self.model.hidden_size), body)
+        return TensorCall(tensor, None, self.defaults, None, True)
 
     def _layer(self, parameters: Fields) -> int | None:
         layer = parameters.integer("layer", 0, 1 << 31)

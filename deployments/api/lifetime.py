@@ -1,7 +1,7 @@
 """Bounds one piece of work from outside: by its deadline and by the presence of its caller.
 
 Backends keep deadlines too, but a backend may hang; whoever holds the connection must not. The work runs in
-the caller's own task, so an undisturbed request pays two timers and no extra task.
+the caller's own task, so an undisturbed request pays one timer and no extra task.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 # Most tensor requests are answered sooner than this and never start a watcher. Nothing is missed by starting
 # late: a server reports a disconnect for as long as it is asked.
-WATCH_AFTER_S = 0.02
+WATCH_AFTER_S = 0.1
 
 
 def cancelled_from_behind() -> bool:
@@ -38,7 +38,7 @@ class Lifetime:
         self._limit_s = limit_s
         self.started_s = started_s
         self._reason: PimoeError | None = None
-        self._watch_timer: asyncio.TimerHandle | None = None
+        self._receive: Receive | None = None
         self._watcher: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Lifetime:
@@ -48,8 +48,12 @@ class Lifetime:
         self._task = task
         self._cancelling = task.cancelling()
         self._loop = asyncio.get_running_loop()
-        self.started_s = self._loop.time() if self.started_s is None else self.started_s
-        self._timer = self._loop.call_at(self.started_s + self._limit_s, self._expire)
+        now = self._loop.time()
+        self.started_s = now if self.started_s is None else self.started_s
+        self._ends_at = self.started_s + self._limit_s
+        # One timer for the watcher first, and then for the deadline: most requests need neither.
+        self._watch_at: float | None = now + WATCH_AFTER_S
+        self._wake_at(min(self._watch_at, self._ends_at))
         return self
 
     def limit(self, timeout_s: float, grace_s: float = 0.0) -> float:
@@ -62,9 +66,11 @@ class Lifetime:
             DeadlineExceededError: nothing remains.
         """
         self._limit_s = timeout_s
-        self._timer.cancel()
         deadline = (self.started_s or 0.0) + timeout_s
-        self._timer = self._loop.call_at(deadline + grace_s, self._expire)
+        self._ends_at = deadline + grace_s
+        if self._watch_at is None or self._ends_at < self._timer_at:
+            self._timer.cancel()
+            self._wake_at(self._ends_at)
         remaining_s = deadline - self._loop.time()
         if remaining_s <= 0:
             raise self._too_late()
@@ -72,7 +78,22 @@ class Lifetime:
 
     def watch(self, receive: Receive) -> None:
         """From now on, and not before the body is read, takes what `receive` says as news of the client."""
-        self._watch_timer = self._loop.call_later(WATCH_AFTER_S, self._start_watcher, receive)
+        self._receive = receive
+        if self._watch_at is None:  # the body took that long
+            self._start_watcher(receive)
+
+    def _wake_at(self, when: float) -> None:
+        self._timer_at = when
+        self._timer = self._loop.call_at(when, self._wake)
+
+    def _wake(self) -> None:
+        if self._watch_at is None or self._ends_at <= self._timer_at:
+            self._end(self._too_late())
+            return
+        self._watch_at = None
+        self._wake_at(self._ends_at)
+        if self._receive is not None:
+            self._start_watcher(self._receive)
 
     def _start_watcher(self, receive: Receive) -> None:
         self._watcher = self._loop.create_task(self._wait_for_disconnect(receive))
@@ -81,9 +102,6 @@ class Lifetime:
         while (await receive())["type"] != "http.disconnect":
             pass
         self._end(RequestCancelledError("the client closed the connection before the answer"))
-
-    def _expire(self) -> None:
-        self._end(self._too_late())
 
     def _too_late(self) -> DeadlineExceededError:
         return DeadlineExceededError(f"no answer within the timeout of {self._limit_s:g} s", "timeout")
@@ -97,8 +115,6 @@ class Lifetime:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._timer.cancel()
-        if self._watch_timer is not None:
-            self._watch_timer.cancel()
         if self._watcher is not None:
             self._watcher.cancel()
         # As in asyncio.timeout: only a cancellation that is ours alone becomes an error.

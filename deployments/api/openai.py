@@ -27,7 +27,10 @@ from .openai_prompts import Prompt, encode_all, read_prompts, truncated
 
 async def completions(call: Call) -> None:
     """`POST /v1/completions`."""
-    fields, model = await _body(call)
+    body = await call.body()
+    if await call.repeat(body):
+        return
+    fields, model = _fields(call, body)
     wanted = read_completion(fields, model, call.settings, call.header_options())
     prompts = read_prompts(fields, model, call.settings)
     await _generate(call, wanted, prompts, report(wanted.chosen))
@@ -35,7 +38,10 @@ async def completions(call: Call) -> None:
 
 async def chat_completions(call: Call) -> None:
     """`POST /v1/chat/completions`."""
-    fields, model = await _body(call)
+    body = await call.body()
+    if not _tells_the_time(call) and await call.repeat(body):
+        return
+    fields, model = _fields(call, body)
     wanted = read_chat(fields, model, call.settings, call.header_options())
     codec, prompts = call.context.tokenizer, call.context.prompts
     if codec is None or prompts is None:
@@ -67,9 +73,14 @@ def _model(known: ModelInfo, created_s: int) -> dict[str, Any]:
     return {**described, "root": known.name, "parent": None, "max_model_len": known.max_context_tokens}
 
 
-async def _body(call: Call) -> tuple[Fields, ModelInfo]:
+def _fields(call: Call, body: bytes) -> tuple[Fields, ModelInfo]:
     known = call.context.model
-    return Fields(decode_json(await call.body(), call.settings.max_json_bytes)), known
+    return Fields(decode_json(body, call.settings.max_json_bytes)), known
+
+
+def _tells_the_time(call: Call) -> bool:
+    """Whether equal chats may be different prompts."""
+    return call.context.prompts is not None and call.context.prompts.reads_clock
 
 
 def _must_call(wanted: Wanted, conversation: Conversation, codec: TextCodec) -> Wanted:

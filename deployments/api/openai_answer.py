@@ -33,6 +33,8 @@ class Answer:
         outcome = combined(answer.outcome for answer in answers)
         self.headers = [cache_header(outcome), *(told.headers() if told else ())]
         self.count = len(answers)
+        # Where it is kept (`Call.repeat`), what a mode left out of the chat would not be counted again.
+        self.hits = [answer.hit for answer in answers] if told is None else []
         # What there is to tell of the request's mode.
         self.told = {"pimoe": told.body()} if told else {}
         self._n = plan.n
@@ -86,7 +88,11 @@ async def respond(call: Call, answer: Answer, events: Events) -> None:
     body = answer.envelope(answer.shape.object, done)
     body["usage"] = answer.usage()
     body |= answer.shape.around(whole[0]) | answer.told
-    await call.respond(orjson.dumps(body), extra=answer.headers)
+    content = orjson.dumps(body)
+    if answer.hits and None not in answer.hits:
+        await call.respond_hit(content, b"application/json", answer.headers, answer.hits)
+    else:
+        await call.respond(content, extra=answer.headers)
 
 
 async def stream(call: Call, answer: Answer, events: Events) -> None:

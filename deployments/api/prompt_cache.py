@@ -188,7 +188,7 @@ class ChatPrompts:
 
     def __init__(self, codec: ChatCodec, cache: PromptCache | None = None, reads_clock: bool = False) -> None:
         self._codec = codec
-        self._reads_clock = reads_clock
+        self.reads_clock = reads_clock
         self.cache = cache or PromptCache()
         self._trimmed_chats = self._trimmed_messages = 0
 
@@ -205,7 +205,7 @@ class ChatPrompts:
                 return None
             return self._codec.encode(text, add_special_tokens=chat.special)
 
-        if self._reads_clock:
+        if self.reads_clock:
             text = self._render(chat)
             kind = b"R" if chat.special else b"r"
             return self._ids(_digest(kind, _utf8(text)), lambda: encode(text))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -16,6 +16,7 @@ from ..requests import (
     GenerateRequest,
     InferAnswer,
     InferRequest,
+    InferResult,
     ModelInfo,
     TokenChunk,
 )
@@ -32,6 +33,17 @@ class _Opened(NamedTuple):
     response_id: str
     created_s: int
     items: AsyncGenerator[Any, None]
+    hit: Hit | None = None
+
+
+class Hit(NamedTuple):
+    """An answer that was in memory, and all that it was found by: see `CachedBackend.recall`."""
+
+    key: bytes
+    answer: CachedAnswer
+    model: ModelInfo
+    tenant: str
+    request: Request
 
 
 class CachedBackend:
@@ -79,7 +91,10 @@ class CachedBackend:
         if self._bypasses(bypass):
             with self._counted():
                 return InferAnswer("bypass", await self.backend.infer(request))
-        outcome, _, _, items = await self._open(request)
+        key, asker = self._asked(request)
+        if (found := self._found(key, asker)) is not None:
+            return InferAnswer("hit", cast(InferResult, found.answer.items[0]), found)
+        outcome, _, _, items, _ = await self._miss(key, asker)
         (result,) = [item async for item in items]
         return InferAnswer(outcome, result)
 
@@ -89,6 +104,21 @@ class CachedBackend:
             created_s = int(self._wall_clock())
             return GenerateAnswer("bypass", request.request_id, created_s, self._passed(request))
         return GenerateAnswer(*await self._open(request))
+
+    def recall(self, hits: Sequence[object]) -> bool:
+        """Whether requests that were answered by these hits, asked again, would be so answered: then they have
+        been, and are counted. Of use to whoever kept what a request became of them.
+
+        Never by anything that was flushed, or has expired, made room or been computed anew since; nor where the
+        cache was switched off, or the model is another.
+        """
+        known = [hit for hit in hits if isinstance(hit, Hit) and self._is_current(hit)]
+        if not known or len(known) != len(hits):
+            return False
+        for hit in known:
+            self.cache.get(hit.key)
+            self._count_hit(hit)
+        return True
 
     async def warm(self, request: Request) -> None:
         """Compute and store an answer that nobody has asked for yet; in no count of requests.
@@ -171,11 +201,30 @@ class CachedBackend:
 
     async def _open(self, request: Request) -> _Opened:
         key, asker = self._asked(request)
-        if (found := self.cache.get(key)) is not None:
-            self.cache.hits += 1
-            self._outcomes["memory"] += 1
-            self._observe(key, asker)
-            return _Opened("hit", found.response_id, found.created_s, replay(found.items))
+        if (found := self._found(key, asker)) is not None:
+            answer = found.answer
+            return _Opened("hit", answer.response_id, answer.created_s, replay(answer.items), found)
+        return await self._miss(key, asker)
+
+    def _found(self, key: bytes, asker: Asker) -> Hit | None:
+        """What memory has."""
+        if (answer := self.cache.get(key)) is None:
+            return None
+        hit = Hit(key, answer, self.model, asker.tags.tenant, asker.request)
+        self._count_hit(hit)
+        return hit
+
+    def _is_current(self, hit: Hit) -> bool:
+        alive = self.cache.limits.max_bytes > 0 and self.cache.holds(hit.key, hit.answer)
+        return alive and hit.model is self.model
+
+    def _count_hit(self, hit: Hit) -> None:
+        self.cache.hits += 1
+        self._outcomes["memory"] += 1
+        if self.watcher is not None:
+            self.watcher.observe(hit.tenant, hit.key, hit.request)
+
+    async def _miss(self, key: bytes, asker: Asker) -> _Opened:
         items = self._read(key, self._join(key, asker, None), asker)
         # Begins it, so that one that is closed before its first item leaves its flight all the same.
         rival: Rival = await anext(items)

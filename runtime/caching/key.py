@@ -94,7 +94,8 @@ def _start(model: ModelInfo, serving: Serving, tenant: str, endpoint: str) -> _C
     return _started(model, serving, tenant, endpoint).copy()
 
 
-@lru_cache(maxsize=64)  # one model and a few tenants: what they have in common takes longer to hash than most requests
+# What all requests of a tenant have in common takes longer to hash than most of the rest.
+@lru_cache(maxsize=64)
 def _started(model: ModelInfo, serving: Serving, tenant: str, endpoint: str) -> _CanonicalHash:
     canonical = _CanonicalHash()
     for value in (KEY_SCHEMA, __version__):

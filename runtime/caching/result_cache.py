@@ -123,6 +123,11 @@ class ResultCache(Generic[V]):
         entry = self._entries.get(key)
         return entry is not None and not self._is_dead(entry)
 
+    def holds(self, key: bytes, value: V) -> bool:
+        """Whether `get` would give this very value; counts as no use of it."""
+        entry = self._entries.get(key)
+        return entry is not None and entry.value is value and not self._is_dead(entry)
+
     @property
     def limits(self) -> CacheLimits:
         """The bounds and the policy; may be set while serving, and hold at once. Entries are kept."""

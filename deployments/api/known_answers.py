@@ -1,0 +1,94 @@
+"""What requests became, by their very bytes: a hit of the cache is then sent again without being read, keyed or
+written anew.
+
+Nothing here decides whether an answer is still right. What is kept was answered by entries of the result cache,
+and `GatewayContext.recall` says, each time, whether the cache would give these very entries now: after a flush, an
+expiry, another model or a cache that was switched off it does not, and the request takes the long way.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+from starlette.types import Scope
+
+from .errors import Headers
+
+MAX_BYTES = 32 << 20
+_MAX_ENTRY_BYTES = MAX_BYTES // 16
+_ENTRY_OVERHEAD_BYTES = 2048  # tuples, headers, and the place in the table
+_READ_HEADERS = frozenset(
+    (b"content-type", b"content-encoding", b"inference-header-content-length", b"x-request-timeout-seconds")
+)
+_OWN_PREFIX = b"x-pimoe-"
+
+# Path, the headers that a handler reads, in the order that they came in, and the body: the whole bytes and no
+# digest of them, so that two requests are never taken for one.
+Asked: TypeAlias = tuple[str, tuple[tuple[bytes, bytes], ...], bytes]
+
+
+class KnownAnswer(NamedTuple):
+    """An answer as it was sent, but for its request id; and the hits that it was made of."""
+
+    headers: Headers
+    body: bytes
+    hits: Sequence[object]
+
+
+def asked(scope: Scope, body: bytes) -> Asked:
+    """What decides the answer of a request, apart from what the server knows."""
+    read = [
+        header for header in scope["headers"] if header[0] in _READ_HEADERS or header[0][:8].lower() == _OWN_PREFIX
+    ]
+    return scope["path"], tuple(read), body
+
+
+class KnownAnswers:
+    """Bounded; the longest unused go first.
+
+    Args:
+        max_bytes: of all requests and answers kept.
+    """
+
+    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._known: OrderedDict[Asked, KnownAnswer] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def find(self, request: Asked) -> KnownAnswer | None:
+        """What such a request was last answered with."""
+        known = self._known.get(request)
+        if known is not None:
+            self._known.move_to_end(request)
+        return known
+
+    def put(self, request: Asked, answer: KnownAnswer) -> None:
+        """Keep an answer that hits were made into, in place of an earlier one."""
+        self.drop(request)
+        size = _size_bytes(request, answer)
+        if size > min(_MAX_ENTRY_BYTES, self._max_bytes):
+            return
+        self._known[request] = answer
+        self._bytes += size
+        while self._bytes > self._max_bytes:
+            self._bytes -= _size_bytes(*self._known.popitem(last=False))
+
+    def drop(self, request: Asked) -> None:
+        """Forget one that is not right any more."""
+        if (answer := self._known.pop(request, None)) is not None:
+            self._bytes -= _size_bytes(request, answer)
+
+    def clear(self) -> None:
+        """Forget all: what was flushed is not to lie about."""
+        self._known.clear()
+        self._bytes = 0
+
+
+def _size_bytes(request: Asked, answer: KnownAnswer) -> int:
+    # The hits hold the entry too, perhaps longer than the cache does: about as much as its answer again.
+    return _ENTRY_OVERHEAD_BYTES + len(request[2]) + 2 * len(answer.body)
