@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import json
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -201,6 +202,48 @@ async def test_tensors_that_do_not_fit_are_refused(
     with pytest.raises(InvalidTensorError, match=message):
         await router.infer(InferRequest("r", states, layer))
     assert router.batcher.statistics().batches == 0
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        torch.full((2, HIDDEN), math.nan),
+        torch.full((1, HIDDEN), -math.inf),
+        torch.full((3, HIDDEN), 1e300, dtype=torch.float64),  # not in float32, in which the model computes
+    ],
+)
+async def test_numbers_that_are_none_are_refused_and_harm_nobody(
+    layer_folder: Path, start: StartRouter, bad: Tensor, alone: bool
+) -> None:
+    router = start(layer_folder, groups=1, max_in_flight=1)
+    (group,) = controlled(router)
+    group.gate.clear()
+    first = asyncio.ensure_future(infer(router))
+    await eventually(lambda: group.waiting)
+    batch = [bad] if alone else [ROWS, bad, ROWS[:3], bad]
+    asking = [asyncio.ensure_future(infer(router, rows)) for rows in batch]
+    await eventually(lambda: router.batcher.statistics().queue.items == len(batch))
+    group.gate.set()
+    await first
+    for rows, outcome in zip(batch, await asyncio.gather(*asking, return_exceptions=True), strict=True):
+        if rows is bad:
+            assert isinstance(outcome, InvalidTensorError)
+            assert "hold NaN, Inf or numbers out of float32's range" in outcome.message
+        else:
+            assert isinstance(outcome, Tensor)
+            torch.testing.assert_close(outcome.double(), reference(layer_folder, rows), atol=1e-4, rtol=1e-4)
+
+
+async def test_batches_use_memory_again_and_answers_keep_theirs(layer_folder: Path, start: StartRouter) -> None:
+    router = start(layer_folder)
+    outputs = []
+    for seed in range(6):
+        pieces = torch.randn(5, 2, HIDDEN, generator=torch.Generator().manual_seed(seed))
+        outputs.append((pieces, await asyncio.gather(*(infer(router, rows) for rows in pieces))))
+    for pieces, together in outputs:
+        for rows, output in zip(pieces, together, strict=True):
+            torch.testing.assert_close(output.double(), reference(layer_folder, rows), atol=1e-4, rtol=1e-4)
 
 
 async def test_a_layer_model_does_not_generate(layer_folder: Path, start: StartRouter) -> None:

@@ -29,15 +29,15 @@ R = TypeVar("R")
 
 
 class Computed(NamedTuple, Generic[R]):
-    """One batch's results, in the order of its values; and the tokens of its most loaded expert, on which its time
-    depends."""
+    """One batch's results, in the order of its values, where an error is the outcome of that item alone; and the
+    tokens of its most loaded expert, on which its time depends."""
 
     results: Sequence[R]
     largest_expert_tokens: int = 0
 
 
 # Computes one batch: values of one group and the latest of their deadlines (`loop.time()`).
-Execute = Callable[[Sequence[T], float], Awaitable[Computed[R]]]
+Execute = Callable[[Sequence[T], float], Awaitable[Computed[R | PimoeError]]]
 
 
 class BatcherStatistics(NamedTuple):
@@ -66,6 +66,12 @@ class _Entry(Generic[T, R]):
         self.value = value
         self.result = result
         self.batch: _Batch[T, R] | None = None
+
+    def settle(self, result: R | PimoeError) -> None:
+        if isinstance(result, PimoeError):
+            self.fail(result)
+        elif not self.result.done():
+            self.result.set_result(result)
 
     def fail(self, error: Exception) -> None:
         if not self.result.done():
@@ -192,18 +198,20 @@ class Batcher(Generic[T, R]):
         self.queue.push(item)
         self._arrivals.add(1, item.arrival)
         self._wake.set()
+        timer = entry.result.get_loop().call_later(timeout_s, self._expire, item)
         try:
-            async with asyncio.timeout(timeout_s):
-                return await entry.result
-        except TimeoutError:
-            self.queue.expire(max(self._clock(), item.deadline))  # so it is counted, and not as cancelled below
-            raise DeadlineExceededError("the request's time ran out") from None
+            return await entry.result
         finally:
+            timer.cancel()
             self.queue.cancel(item)
             if not entry.result.cancel() and not entry.result.cancelled():
                 entry.result.exception()  # seen, even if the caller was cancelled in the same instant
             if entry.batch is not None:
                 entry.batch.leave()
+
+    def _expire(self, item: _Item[T, R]) -> None:
+        self.queue.expire(max(self._clock(), item.deadline))  # so that it is counted, and not as cancelled
+        item.value.fail(DeadlineExceededError("the request's time ran out"))
 
     def _new_item(
         self, value: T, tokens: int, priority: float, timeout_s: float, group: Hashable
@@ -301,8 +309,7 @@ class Batcher(Generic[T, R]):
             if len(results) != len(entries):  # before any is handed out: none is known to be its item's
                 raise PimoeError(f"a batch of {len(entries)} items got {len(results)} results")
             for entry, result in zip(entries, results, strict=True):
-                if not entry.result.done():
-                    entry.result.set_result(result)
+                entry.settle(result)
             self.downstream.computed(batch.flight, tokens, largest, self._clock())
         except Exception as error:  # whatever the model raises is these items' outcome, never the batcher's
             if isinstance(error, DeadlineExceededError):

@@ -13,15 +13,23 @@ import torch
 from torch import Tensor
 
 from ..batching import Batcher, BatchLimits, Computed, QueueLimits
-from ..errors import InvalidRequestError, InvalidTensorError, UnavailableError
+from ..errors import InvalidRequestError, InvalidTensorError, PimoeError, UnavailableError
 from ..generation.engine import Engine
 from ..model.decoder import Decoder
-from ..requests import DTYPE_BYTES, GenerateRequest, InferRequest, InferResult, ModelInfo, TokenChunk
+from ..requests import (
+    DTYPE_BYTES,
+    GenerateRequest,
+    InferRequest,
+    InferResult,
+    ModelInfo,
+    TensorData,
+    TokenChunk,
+)
 from ..routing.dispatch import Dispatcher
 from ..routing.strategies import RoutingStrategy
 from ..tasks import gather_or_cancel
-from ..tensors import from_wire, to_wire, torch_dtype
 from .limits import RouterLimits
+from .rows import Outputs, RowBuffers, are_finite, gather, join_rows, split_rows
 
 _FLOATING = ("float32", "float16", "bfloat16", "float64")
 
@@ -51,8 +59,8 @@ class Router:
         self.decoder = decoder
         self.limits = limits
         self.device = device
-        self.dtype = torch_dtype(model.dtype)
-        self.batcher: Batcher[tuple[int, Tensor], Tensor] = Batcher(
+        self._buffers = RowBuffers(model.hidden_size * DTYPE_BYTES[model.dtype])
+        self.batcher: Batcher[tuple[int, TensorData], TensorData] = Batcher(
             self._run_layer, limits.batching, limits.queue, servers=dispatcher.parallelism
         )
         self.engine: Engine | None = None
@@ -82,18 +90,17 @@ class Router:
     async def infer(self, request: InferRequest) -> InferResult:
         """See `Backend`. A request longer than a batch is cut into several."""
         layer = self.model.moe_layers[0] if request.layer is None else request.layer
-        hidden = self._check_hidden(layer, request)
-        pieces = torch.split(hidden, self.limits.batching.max_batch_tokens)
+        states = request.hidden_states
+        self._check(layer, states)
+        rows, priority, timeout_s = states.shape[0], request.priority, request.timeout_s
+        most = self.limits.batching.max_batch_tokens
+        if rows <= most:
+            return InferResult(await self.batcher.submit((layer, states), rows, priority, timeout_s, layer))
         calls = [
-            self.batcher.submit((layer, piece), len(piece), request.priority, request.timeout_s, group=layer)
-            for piece in pieces
+            self.batcher.submit((layer, piece), piece.shape[0], priority, timeout_s, layer)
+            for piece in split_rows(states, most)
         ]
-        outputs = await gather_or_cancel(calls)
-        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        output = output.to(torch_dtype(request.hidden_states.dtype))
-        if not torch.isfinite(output).all():
-            raise InvalidTensorError(f"the output overflows: its numbers do not fit {self.model.dtype}")
-        return InferResult(to_wire(output))
+        return InferResult(join_rows(await gather_or_cancel(calls)))
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
         """See `Backend`."""
@@ -103,8 +110,8 @@ class Router:
             )
         return self.engine.generate(request)
 
-    def _check_hidden(self, layer: int, request: InferRequest) -> Tensor:
-        states = request.hidden_states
+    def _check(self, layer: int, states: TensorData) -> None:
+        """All but whether its numbers are numbers, which is seen for a whole batch at once."""
         if layer not in self.gates:
             layers = self.model.moe_layers
             raise InvalidTensorError(
@@ -120,21 +127,54 @@ class Router:
             raise InvalidTensorError(
                 f"hidden states of shape {list(states.shape)} in {states.dtype} do not have {states.nbytes} bytes"
             )
-        hidden = from_wire(states, self.device).to(self.dtype)
-        if not torch.isfinite(hidden).all():
-            raise InvalidTensorError(f"hidden states hold NaN, Inf or numbers out of {self.model.dtype}'s range")
-        return hidden
 
-    async def _run_layer(self, batch: Sequence[tuple[int, Tensor]], deadline: float) -> Computed[Tensor]:
-        layer = batch[0][0]
-        sizes = [len(hidden) for _, hidden in batch]
+    async def _run_layer(
+        self, batch: Sequence[tuple[int, TensorData]], deadline: float
+    ) -> Computed[TensorData | PimoeError]:
         started = time.monotonic()
+        buffer = self._buffers.take(sum(states.shape[0] for _, states in batch))
+        results, largest = await self._run_gathered(batch[0][0], [states for _, states in batch], buffer, deadline)
+        # Only now, and not after a failure: frames that are not written yet may be views of it.
+        self._buffers.give_back(buffer)
+        self._layer_s += time.monotonic() - started
+        return Computed(results, largest)
+
+    async def _run_gathered(
+        self, layer: int, batch: list[TensorData], buffer: Tensor, deadline: float
+    ) -> tuple[list[TensorData | PimoeError], int]:
         with torch.inference_mode():
-            hidden = batch[0][1] if len(batch) == 1 else torch.cat([hidden for _, hidden in batch])
+            hidden = gather(batch, self.model.dtype, buffer).to(self.device)
+            if not are_finite(hidden):
+                return await self._run_without_bad(layer, batch, buffer, deadline)
             routing = self.gates[layer](hidden)
         done = await self.dispatcher.run_counted(layer, hidden, routing, deadline)
-        self._layer_s += time.monotonic() - started
-        return Computed(torch.split(done.output, sizes), done.largest_expert_tokens)
+        with torch.inference_mode():
+            return self._cut(done.output, batch), done.largest_expert_tokens
+
+    async def _run_without_bad(
+        self, layer: int, batch: list[TensorData], buffer: Tensor, deadline: float
+    ) -> tuple[list[TensorData | PimoeError], int]:
+        """Those that are right are computed as if the others had not come."""
+        bad = InvalidTensorError(f"hidden states hold NaN, Inf or numbers out of {self.model.dtype}'s range")
+        right = [are_finite(gather([states], self.model.dtype, buffer)) for states in batch]
+        rest = [states for states, is_right in zip(batch, right, strict=True) if is_right]
+        results, largest = await self._run_gathered(layer, rest, buffer, deadline) if rest else ([], 0)
+        computed = iter(results)
+        return [next(computed) if is_right else bad for is_right in right], largest
+
+    def _cut(self, output: Tensor, batch: Sequence[TensorData]) -> list[TensorData | PimoeError]:
+        """Each request's rows, in its own dtype."""
+        outputs, start = Outputs(output), 0
+        results: list[TensorData | PimoeError] = []
+        for states in batch:
+            end = start + states.shape[0]
+            rows = outputs.slice(start, end, states.dtype)
+            results.append(rows if rows is not None else self._overflow())
+            start = end
+        return results
+
+    def _overflow(self) -> PimoeError:
+        return InvalidTensorError(f"the output overflows: its numbers do not fit {self.model.dtype}")
 
     def set_batch_limits(self, limits: BatchLimits) -> None:
         """Change the bounds of batching while serving; what is queued keeps its place."""
