@@ -37,6 +37,7 @@ class Contender:
         is_batching, is_ours: a rival's best is taken over those that are not ours.
         script: in `rivals/`; None: `pimoe serve`.
         package: what must be importable in `environment_name`; None: what it needs is always there.
+        distribution: whose version is named.
         workers, threads: processes that compute, and torch threads in each; pimoe decides that by itself.
         environment: more variables.
         wrap, unwrap: between tensor bytes and bodies of requests and answers.
@@ -48,6 +49,7 @@ class Contender:
     script: str | None
     note: str
     package: str | None = None
+    distribution: str = "ray"
     environment_name: str = "rivals"
     is_batching: bool = True
     workers: int = 1
@@ -88,6 +90,11 @@ class Contender:
     def _python(self) -> Path:
         folder = ENVIRONMENTS if self.package is None else ENVIRONMENTS / self.environment_name
         return folder / "bin" / "python"
+
+    def version(self) -> str:
+        """Of what is measured; empty when that is not known."""
+        command = [self._python, "-c", f"import importlib.metadata as m; print(m.version({self.distribution!r}))"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
 
     def missing(self) -> str | None:
         """Why it cannot run here."""
@@ -153,6 +160,7 @@ def contenders(model_name: str) -> list[Contender]:
             None,
             "pimoe serve: HAProxy, gateway, router and two expert groups in processes of their own; "
             "result cache bypassed by header",
+            distribution="pimoe",
             path=f"/v2/models/{model_name}/infer",
             headers={
                 "Content-Type": "application/octet-stream",
@@ -163,10 +171,21 @@ def contenders(model_name: str) -> list[Contender]:
             unwrap=_after_json,
         ),
         Contender(
-            "mosec", "mosec", "mosec_server.py", "raw bytes past its codecs", package="mosec", path="/inference"
+            "mosec",
+            "mosec",
+            "mosec_server.py",
+            "raw bytes past its codecs",
+            package="mosec",
+            distribution="mosec",
+            path="/inference",
         ),
         Contender(
-            "litserve", "LitServe", "litserve_server.py", "fast_queue (ZeroMQ), raw bytes", package="litserve"
+            "litserve",
+            "LitServe",
+            "litserve_server.py",
+            "fast_queue (ZeroMQ), raw bytes",
+            package="litserve",
+            distribution="litserve",
         ),
         Contender(
             "bentoml",
@@ -174,6 +193,7 @@ def contenders(model_name: str) -> list[Contender]:
             "bentoml_service.py",
             "adaptive batching: its window is learnt, not set; raw bytes; metrics off",
             package="bentoml",
+            distribution="bentoml",
         ),
         Contender(
             "triton",
@@ -181,6 +201,7 @@ def contenders(model_name: str) -> list[Contender]:
             "triton_server.py",
             "HTTP, binary tensor data; no GRPC, no metrics",
             package="pytriton",
+            distribution="nvidia-pytriton",
             environment_name="rivals_triton",
             # Its Python stub finds libpython by the loader's path, and must find the one of this Python.
             environment={"LD_LIBRARY_PATH": str(sysconfig.get_config_var("LIBDIR"))},
@@ -209,5 +230,6 @@ def contenders(model_name: str) -> list[Contender]:
             "starlette_app.py",
             "uvicorn with uvloop and httptools; each request alone",
             is_batching=False,
+            distribution="starlette",
         ),
     ]

@@ -86,6 +86,9 @@ def measure(
                 except (StartError, WrongAnswerError, RuntimeError, OSError) as error:
                     measured.failed = f"{type(error).__name__}: {error}"
                     progress(f"{contender.title} failed: {error}")
+                else:
+                    done = [f"{loops[-1].requests_per_s:,.0f}" for loops in measured.closed.values()]
+                    progress(f"{contender.title}: {' / '.join(done)} requests/s")
     return found
 
 

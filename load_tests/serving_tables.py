@@ -20,6 +20,7 @@ def server_rows(contenders: Sequence[Contender], found: Mapping[str, Measured]) 
         {
             "server": contender.key,
             "title": contender.title,
+            "version": contender.version(),
             "start_s": statistics.median(measured.start_s),
             "memory_mib": statistics.median(measured.memory_bytes) / 2**20,
             "workers": None if contender.is_ours else contender.workers,
@@ -175,6 +176,7 @@ def _server_table(rows: Sequence[Row]) -> str:
     lines = [
         (
             row["title"],
+            row["version"],
             f"{row['start_s']:.1f} s",
             f"{row['memory_mib']:,.0f} MiB",
             "" if row["workers"] is None else f"{row['workers']} x {row['threads']}",
@@ -182,7 +184,7 @@ def _server_table(rows: Sequence[Row]) -> str:
         )
         for row in rows
     ]
-    header = ("server", "first answer", "memory", "workers x threads", "set up")
+    header = ("server", "version", "first answer", "memory", "workers x threads", "set up")
     return table("Servers", header, lines)
 
 

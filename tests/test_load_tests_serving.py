@@ -64,6 +64,7 @@ def test_every_server_is_measured_at_every_level_or_named_with_a_reason(run: Any
         rivals = [rows[server, row["connections"]]["requests_per_s"] for server in servers - {"pimoe"}]
         assert row["ratio"] == pytest.approx(row["requests_per_s"] / max(rivals))
     for row in facts["servers"]:
+        assert row["version"][0].isdigit()
         assert row["start_s"] > 0
         assert row["memory_mib"] > 50, "of an interpreter with torch"
     assert text.startswith(f"{facts['machine']['cores']} cores of ")
