@@ -32,16 +32,6 @@ def test_the_machine_is_named(facts: dict[str, Any]) -> None:
     assert {"pimoe", "torch", "ray"} <= facts["machine"]["versions"].keys()
 
 
-def test_every_dispatch_is_measured_over_links_and_handles(facts: dict[str, Any]) -> None:
-    rows = {(row["kind"], row["size"], row["way"]): row for row in facts["dispatch"]}
-    echo = {("echo", size, way) for size in (2**10, 2**14, 2**17, 2**20) for way in ("link", "handle")}
-    experts = {("experts", size, way) for size in (1, 32) for way in ("in-process", "link", "handle")}
-    assert rows.keys() == echo | experts
-    assert all(0 < row["p50_us"] <= row["p95_us"] for row in rows.values())
-    for (kind, size, way), row in rows.items():
-        assert row["ratio"] == pytest.approx(row["p50_us"] / rows[kind, size, "link"]["p50_us"]), (kind, size, way)
-
-
 def test_generation_is_measured_in_process_in_processes_and_served(facts: dict[str, Any]) -> None:
     rows = {(row["sequences"], row["way"]): row for row in facts["generation"]}
     local = ("in-process, 1 group, 1 thread", "in-process, 2 groups, 1 thread")

@@ -1,0 +1,269 @@
+"""What `dispatch.py` deploys: expert groups that answer over links, Serve handles and ZeroMQ, plain actors, and a
+replica that stands where the router stands and calls them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from dispatch_echo import (
+    ACTOR,
+    HANDLE,
+    LINK,
+    TIMEOUT_S,
+    ZMQ,
+    ZmqEcho,
+    link_echo,
+    open_dealers,
+    ray_echo,
+    without_zmq,
+    zmq_echo,
+)
+from numpy.typing import NDArray
+from pimoe.deployments.expert_group import ExpertGroupReplica, GroupConfig
+from pimoe.deployments.replica import LinkConfig, make_pool
+from pimoe.runtime.experts.client import LocalGroup, RemoteGroup
+from pimoe.runtime.experts.group import ExpertGroup
+from pimoe.runtime.links import Call, LinkLimits, Packed, Reply
+from pimoe.runtime.links.authentication import new_secret
+from pimoe.runtime.loop_thread import LoopThread
+from pimoe.runtime.model.checkpoint import Checkpoint
+from pimoe.runtime.model.families import read_spec
+from pimoe.runtime.model.layer_model import load_gate
+from pimoe.runtime.model.loading import load_trunk
+from pimoe.runtime.model.spec import LayerSpec
+from pimoe.runtime.routing.dispatch import Dispatcher, GroupBackend
+from pimoe.runtime.routing.plan import ExpertRows, Placement, contiguous_placement
+from pimoe.runtime.routing.strategies import Routing
+from pimoe.runtime.tensors import torch_dtype
+from torch import Tensor
+
+IN_PROCESS = "in-process"
+LAYER = 0
+
+
+class MeasuredGroup(ExpertGroupReplica):
+    """An expert group as pimoe deploys it, that can be called over Serve handles and ZeroMQ too."""
+
+    def __init__(self, config: GroupConfig, links: LinkConfig) -> None:
+        super().__init__(config, links)
+        self._server.handler = self._answer
+        self._zmq = None if without_zmq() else ZmqEcho(config.name)
+
+    def _answer(self, call: Call) -> Reply | Packed:
+        if call.method == "echo" and call.packed is not None:
+            return Packed(b"", call.packed.body)
+        return self._handler(call)
+
+    async def zmq_address(self) -> str | None:
+        """Where ZeroMQ answers."""
+        return None if self._zmq is None else self._zmq.address
+
+    async def echo(self, array: NDArray[np.int32]) -> NDArray[np.int32]:
+        """What the link's "echo" does, over a handle."""
+        return array
+
+    async def forward(self, layer: int, rows: ExpertRows) -> Tensor:
+        """What the link's "experts" does, over a handle. Never at the same time as that."""
+        return self._handler.group.forward(layer, rows)
+
+    async def __del__(self) -> None:
+        """Called by Serve when the replica stops."""
+        if getattr(self, "_zmq", None) is not None:
+            self._zmq.close()  # type: ignore[union-attr]
+        await super().__del__()
+
+
+class EchoActor:
+    """A plain Ray actor."""
+
+    def echo(self, array: NDArray[np.int32]) -> NDArray[np.int32]:
+        """What the link's "echo" does."""
+        return array
+
+
+class HandleGroup:
+    """A `GroupBackend` as one would write it with plain Ray Serve."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+    @property
+    def computed_s(self) -> float | None:
+        """See `GroupBackend`."""
+        return None
+
+    @property
+    def replicas(self) -> int:
+        """See `GroupBackend`."""
+        return 1
+
+    async def run(self, layer: int, rows: ExpertRows, deadline: float) -> Tensor:
+        """See `GroupBackend`."""
+        partial: Tensor = await self.handle.forward.remote(layer, rows)
+        return partial
+
+
+class MeasuringRouter:
+    """Stands where the router stands: links and ZeroMQ on a loop of their own, handles and actors on the loop that
+    Serve gives it.
+
+    Args:
+        folder: of the model whose experts are dispatched to.
+        groups: the experts of the groups that hold all of them; further handles are of copies.
+        whole: whether experts in this process are one group, and not as many as there are apart.
+        echoes: whether bytes are sent as well.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        groups: tuple[tuple[int, ...], ...],
+        whole: bool,
+        echoes: bool,
+        links: LinkConfig,
+        group_handles: list[Any],
+    ) -> None:
+        torch.set_num_threads(1)
+        checkpoint = Checkpoint(Path(folder))
+        self._gate, self._hidden_size, self._dtype = _gate_of(checkpoint)
+        self._handles = group_handles
+        self._pools = [make_pool(f"group-{i}", handle, links) for i, handle in enumerate(group_handles)]
+        self._actors = _start_actors(len(group_handles)) if echoes else []
+        self._zmq_sockets: list[Any] = []
+        self._dispatchers = {
+            IN_PROCESS: _local_dispatcher(checkpoint, groups, whole, self._dtype),
+            LINK: _dispatcher(groups, [RemoteGroup(pool) for pool in self._pools]),
+            HANDLE: _dispatcher(groups, [HandleGroup(handle) for handle in group_handles]),
+        }
+        self._thread = LoopThread("links")
+        self._thread.run(self._open_links(), TIMEOUT_S)
+
+    async def _open_links(self) -> None:
+        await asyncio.gather(*(pool.start() for pool in self._pools))
+        await asyncio.gather(*(pool.wait_ready(TIMEOUT_S) for pool in self._pools))
+
+    async def open_zmq(self) -> None:
+        """Connect to the groups; before the first echo over ZeroMQ."""
+        addresses = [await handle.zmq_address.remote() for handle in self._handles]
+        self._zmq_sockets = await asyncio.wrap_future(self._thread.submit(open_dealers(addresses)))
+
+    async def echo(self, way: str, payload_bytes: int, groups: int, calls: int) -> list[float]:
+        """Seconds of every call to so many groups at once, until all have answered."""
+        array = np.zeros(payload_bytes // 4, np.int32)
+        if way in (HANDLE, ACTOR):
+            return await _times(
+                partial(ray_echo, (self._handles if way == HANDLE else self._actors)[:groups], array), calls
+            )
+        if way == ZMQ:
+            return await self._on_links(partial(zmq_echo, self._zmq_sockets[:groups], array), calls)
+        return await self._on_links(partial(link_echo, self._pools[:groups], array), calls)
+
+    async def experts(
+        self, way: str, tokens: int, calls: int, warm_up: int | None = None, threads: int = 1
+    ) -> list[float]:
+        """Seconds of every dispatch of so many tokens, from plan to sum; `threads`: torch's, in this process."""
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(tokens, self._hidden_size, generator=generator).to(self._dtype)
+        with torch.inference_mode():
+            routing = self._gate(hidden)
+        dispatcher = self._dispatchers[way]
+
+        def dispatch() -> Awaitable[Tensor]:
+            return dispatcher.run(LAYER, hidden, routing, time.monotonic() + TIMEOUT_S)
+
+        torch.set_num_threads(threads)
+        try:
+            return await (_times if way == HANDLE else self._on_links)(dispatch, calls, warm_up)
+        finally:
+            torch.set_num_threads(1)
+
+    async def _on_links(
+        self, call: Callable[[], Awaitable[object]], calls: int, warm_up: int | None = None
+    ) -> list[float]:
+        return await asyncio.wrap_future(self._thread.submit(_times(call, calls, warm_up)))
+
+    async def __del__(self) -> None:
+        """Called by Serve when the replica stops."""
+        if hasattr(self, "_thread"):
+            self._thread.run(self._close(), TIMEOUT_S)
+            self._thread.close()
+
+    async def _close(self) -> None:
+        for socket in self._zmq_sockets:
+            socket.close(linger=0)
+        await asyncio.gather(*(pool.close() for pool in self._pools))
+
+
+async def _times(call: Callable[[], Awaitable[object]], calls: int, warm_up: int | None = None) -> list[float]:
+    for _ in range(max(2, calls // 10) if warm_up is None else warm_up):
+        await call()
+    times = []
+    for _ in range(calls):
+        started = time.perf_counter()
+        await call()
+        times.append(time.perf_counter() - started)
+    return times
+
+
+# Putting it together -------------------------------------------------------------------------------------------
+
+
+def _gate_of(checkpoint: Checkpoint) -> tuple[Callable[[Tensor], Routing], int, torch.dtype]:
+    """The gate of the layer, its hidden size and its dtype."""
+    spec = read_spec(checkpoint)
+    if isinstance(spec, LayerSpec):
+        return load_gate(checkpoint, spec), spec.hidden_size, torch_dtype(spec.dtype)
+    trunk = load_trunk(checkpoint.folder)
+    return trunk.gates[LAYER], trunk.info.hidden_size, torch_dtype(trunk.info.dtype)
+
+
+def _dispatcher(groups: Sequence[Sequence[int]], backends: Sequence[GroupBackend]) -> Dispatcher:
+    return Dispatcher(Placement(groups), backends[: len(groups)])
+
+
+def _local_dispatcher(
+    checkpoint: Checkpoint, groups: Sequence[Sequence[int]], whole: bool, dtype: torch.dtype
+) -> Dispatcher:
+    spec = read_spec(checkpoint).experts
+    held = [[expert for group in groups for expert in group]] if whole else groups
+    return _dispatcher(held, [LocalGroup(ExpertGroup.load(checkpoint, spec, experts, dtype)) for experts in held])
+
+
+def _start_actors(number: int) -> list[Any]:
+    import ray
+
+    kind = ray.remote(num_cpus=0)(EchoActor)
+    return [kind.remote() for _ in range(number)]
+
+
+@contextlib.contextmanager
+def deployed(name: str, folder: Path, groups: int, copies: int, whole: bool, echoes: bool) -> Any:
+    """A handle of a `MeasuringRouter`, and `copies` groups that hold the experts of `groups` in turn."""
+    from ray import serve
+
+    spec = read_spec(Checkpoint(folder))
+    placed = contiguous_placement(spec.experts.num_experts, groups).groups
+    dtype = str(_gate_of(Checkpoint(folder))[2]).removeprefix("torch.")
+    links = LinkConfig(new_secret(), "unix", LinkLimits(), refresh_s=1.0, attempt_timeout_s=TIMEOUT_S)
+    options: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0}}
+    apps = [
+        serve.deployment(MeasuredGroup, name=f"{name}-group-{index}", **options).bind(
+            GroupConfig(f"group-{index}", str(folder), placed[index % groups], dtype, "cpu", threads=1), links
+        )
+        for index in range(copies)
+    ]
+    router = serve.deployment(MeasuringRouter, name=f"{name}-router", **options)
+    application = router.bind(str(folder), placed, whole, echoes, links, apps)
+    quiet = {"enable_access_log": False, "log_level": "WARNING"}
+    try:
+        yield serve.run(application, name=name, route_prefix=None, logging_config=quiet)
+    finally:
+        serve.delete(name)

@@ -1,0 +1,121 @@
+"""Ways to send bytes to several processes at once and to get them back: links, ZeroMQ, Ray's actors and handles.
+Each sends to all and then waits for each answer, so that none of them needs tasks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pimoe.runtime.links import LinkPool, Packed
+from pimoe.runtime.loop_thread import LoopThread
+
+LINK, ZMQ, ACTOR, HANDLE = ECHO_WAYS = ("link", "ZeroMQ", "actor", "handle")
+TIMEOUT_S = 60.0
+
+
+def without_zmq() -> str | None:
+    """Why ZeroMQ cannot take part; None: it can."""
+    return None if importlib.util.find_spec("zmq") else "pyzmq is not installed"
+
+
+class ZmqEcho:
+    """A ROUTER that sends back what it gets, on a loop of its own as links have it. `close` it."""
+
+    def __init__(self, name: str) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="zmq-", ignore_cleanup_errors=True)
+        self.address = f"ipc://{self._folder.name}/{name}"
+        self._thread = LoopThread(f"{name}-zmq")
+        self._thread.run(self._open(), TIMEOUT_S)
+
+    async def _open(self) -> None:
+        import zmq
+        import zmq.asyncio
+
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.bind(self.address)
+        self._serving = asyncio.create_task(self._serve())
+
+    async def _serve(self) -> None:
+        while True:
+            # Without copies, but for messages so small that copying them is cheaper: zmq decides.
+            await self._socket.send_multipart(await self._socket.recv_multipart(copy=False), copy=False)
+
+    def close(self) -> None:
+        """Stop answering."""
+        self._thread.run(self._stop(), TIMEOUT_S)
+        self._thread.close()
+        self._folder.cleanup()
+
+    async def _stop(self) -> None:
+        self._serving.cancel()
+        await asyncio.wait([self._serving])
+        self._context.destroy(linger=0)
+
+
+async def link_echo(pools: Sequence[LinkPool], array: NDArray[np.int32]) -> None:
+    """As the dispatcher does it: `done` is told of each answer. On the loop of the links.
+
+    Raises:
+        PimoeError: a link failed.
+        RuntimeError: other bytes came back.
+    """
+    everything = asyncio.get_running_loop().create_future()
+    outcomes: list[Packed | BaseException] = []
+
+    def done(outcome: Packed | BaseException) -> None:
+        outcomes.append(outcome)
+        if len(outcomes) == len(pools):
+            everything.set_result(None)
+
+    deadline, sent = time.monotonic() + TIMEOUT_S, memoryview(array).cast("B")
+    for pool in pools:
+        pool.send("echo", Packed(b"", (sent,)), deadline, done)
+    await everything
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+        _check(sum(memoryview(part).nbytes for part in outcome.body), array)
+
+
+async def zmq_echo(sockets: Sequence[Any], array: NDArray[np.int32]) -> None:
+    """Without copies where zmq finds that worth it. Raises: RuntimeError: other bytes came back."""
+    for socket in sockets:
+        await socket.send(memoryview(array).cast("B"), copy=False)
+    for socket in sockets:
+        _check(memoryview((await socket.recv(copy=False)).buffer).nbytes, array)
+
+
+async def ray_echo(callees: Sequence[Any], array: NDArray[np.int32]) -> None:
+    """Of actors and handles. numpy's arrays cross Ray without the copies that torch's tensors take.
+
+    Raises:
+        RuntimeError: other bytes came back.
+    """
+    answers = [callee.echo.remote(array) for callee in callees]
+    for answer in answers:
+        _check((await answer).nbytes, array)
+
+
+def _check(received_bytes: int, array: NDArray[np.int32]) -> None:
+    if received_bytes != array.nbytes:
+        raise RuntimeError(f"{received_bytes} bytes came back of {array.nbytes}")
+
+
+async def open_dealers(addresses: Sequence[str]) -> list[Any]:
+    """A socket for each `ZmqEcho`."""
+    import zmq
+    import zmq.asyncio
+
+    context = zmq.asyncio.Context.instance()
+    sockets = [context.socket(zmq.DEALER) for _ in addresses]
+    for socket, address in zip(sockets, addresses, strict=True):
+        socket.connect(address)
+    return sockets
