@@ -70,6 +70,10 @@ _BY_FAMILY: dict[str, dict[str, Any]] = {
 }
 
 
+# Overrides with which a family's layers fit the native kernels; multi-head latent attention has none.
+NATIVE_SIZES: dict[str, Any] = {"hidden_size": 128, "head_dim": 32, "initial_std": 0.12}
+
+
 def make_checkpoint(
     family: str,
     folder: Path,

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import FAMILIES, make_checkpoint, reference_model
+from checkpoints import FAMILIES, NATIVE_SIZES, make_checkpoint, reference_model
 from engines import Answer, at_rest, make_engine, prompt_of, read, request
 from pimoe.runtime.generation.engine import Engine
 from waiting import eventually, nothing_left_behind, within_patience  # noqa: F401
@@ -28,8 +28,9 @@ PROMPTS = [(*_COMMON, *prompt_of(4)), (*_COMMON, *prompt_of(11)), prompt_of(19),
 
 # Checkpoints: those of all families, and what only some configs of a family have.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{family: (family, {}) for family in FAMILIES},
-    "mixtral with a window": ("mixtral", {"sliding_window": 21}),
+    **{family: (family, {} if family.startswith("deepseek") else NATIVE_SIZES) for family in FAMILIES},
+    "mixtral with a window": ("mixtral", {"sliding_window": 21, **NATIVE_SIZES}),
+    "qwen3 by torch": ("qwen3_moe", {}),
 }
 
 

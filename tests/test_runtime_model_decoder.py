@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from checkpoints import FAMILIES, as_old_spelling, make_checkpoint, reference_model
+from checkpoints import FAMILIES, NATIVE_SIZES, as_old_spelling, make_checkpoint, reference_model
 from pimoe.runtime.model.checkpoint import Checkpoint
 from pimoe.runtime.model.decoder import Decoder, ForwardBatch, Segment
 from pimoe.runtime.model.families import read_spec
@@ -91,6 +91,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-oss all kv heads": ("gpt_oss", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     "gpt-oss without attention bias": ("gpt_oss", {"attention_bias": False, "swiglu_limit": 7.0}),
 }
+NATIVE = {
+    f"{name}, native": (family, {**NATIVE_SIZES, **overrides, "head_dim": 32})
+    for name, (family, overrides) in VARIANTS.items()
+    if not family.startswith("deepseek")
+}
 
 
 class Model(NamedTuple):
@@ -116,9 +121,9 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Model:
     return Model(Decoder.load(checkpoint, spec, dtype), experts, reference)
 
 
-@pytest.fixture(scope="module", params=list(VARIANTS))
+@pytest.fixture(scope="module", params=[*VARIANTS, *NATIVE])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
-    family, overrides = VARIANTS[request.param]
+    family, overrides = {**VARIANTS, **NATIVE}[request.param]
     return load(make_checkpoint(family, tmp_path_factory.mktemp("checkpoint"), **overrides))
 
 

@@ -17,10 +17,24 @@ def test_products_are_those_of_the_plain_layout(dtype: torch.dtype, bias: torch.
     expected = torch.nn.functional.linear(hidden, weight, bias)
     torch.testing.assert_close(linear(hidden), expected, rtol=2e-2 if linear.is_packed else 0, atol=1e-2)
     assert linear(hidden).dtype is linear.dtype is dtype
-    assert linear.nbytes == (40 * 96 + (0 if bias is None else 40)) * dtype.itemsize
+    numbers = 40 * 96 + (0 if bias is None else 40)
+    if linear.native is None:
+        assert linear.nbytes == numbers * dtype.itemsize
+    else:  # columns are made up to whole panels
+        assert numbers * dtype.itemsize <= linear.nbytes <= 64 * 96 * dtype.itemsize + 64 * 4
+
+
+def test_where_kernels_are_not_the_fastest_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hidden = torch.randn(40, 96), torch.randn(3, 96)
+    monkeypatch.setattr("pimoe.runtime.native.kernels.are_fast", lambda: False)
+    linear = Linear(weight)
+    assert linear.native is None
+    assert torch.equal(linear(hidden), torch.nn.functional.linear(hidden, weight))
+    assert linear.nbytes == weight.nbytes
 
 
 def test_without_the_operators_the_plain_layout_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pimoe.runtime.native.kernels.are_fast", lambda: False)
     monkeypatch.setattr("pimoe.runtime.model.linear._packs", lambda weight: False)
     linear = Linear(torch.randn(8, 8, dtype=torch.bfloat16))
     assert not linear.is_packed

@@ -60,14 +60,14 @@ class CachedAttention:
         reads = step.reads[self.window]
         fresh = keys, keys if values is None else values
         if (only := reads.only) is not None:
-            return self._attend(queries, *fresh, only, cache)
+            return self.attend(queries, *fresh, only, cache)
         attended = queries.new_empty((queries.shape[0], self.num_heads, self.value_dim))
         for read in reads.all:
             rows = read.rows
-            attended[rows] = self._attend(queries[rows], fresh[0][rows], fresh[1][rows], read, cache)
+            attended[rows] = self.attend(queries[rows], fresh[0][rows], fresh[1][rows], read, cache)
         return attended
 
-    def _attend(
+    def attend(
         self,
         queries: Tensor,
         keys: Tensor,
@@ -75,6 +75,7 @@ class CachedAttention:
         read: DecodeRead | PrefillRead | TileRead,
         cache: KVCache,
     ) -> Tensor:
+        """One read's part of `__call__`, once the new tokens are stored; all arguments are those of its rows."""
         if isinstance(read, DecodeRead):
             out = self._decode(queries, read, cache)
         elif isinstance(read, TileRead):

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..routing.in_tiles import InTiles
+from ..native.trunk import add, rms_norm
+from ..routing.in_tiles import row_by_row
 from ..routing.strategies import Routing, RoutingStrategy
 from .attention import Attention
 from .checkpoint import Checkpoint
 from .feed_forward import GatedFeedForward, SharedExpert
 from .kv_cache import BLOCK_TOKENS, KVCache, KVLayout
 from .latent_attention import LatentAttention, read_latent_weights
+from .native_attention import NativeAttention, has_native_attention
 from .rope import RotaryTable
 from .spec import DecoderSpec
 from .step import ForwardBatch, Segment, Step, plan_step
@@ -28,6 +30,10 @@ from .tiles import check_tiles
 from .trunk_weights import TrunkWeights
 
 __all__ = ["Decoder", "ExpertDispatch", "ForwardBatch", "KVCache", "Segment"]
+
+
+# Cosine and sine from `RotaryTable.rows`.
+Rotary = tuple[Tensor, Tensor]
 
 
 class ExpertDispatch(Protocol):
@@ -41,13 +47,15 @@ class ExpertDispatch(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """One layer. `dense` is set where the layer has no experts; `shared` where every token passes one."""
+    """One layer. `dense` is set where the layer has no experts; `shared` where every token passes one; `native`
+    where kernels compute it up to its experts, norms included."""
 
     attention_norm: Tensor
     attention: Attention | LatentAttention
     feed_forward_norm: Tensor
     dense: GatedFeedForward | None
     shared: SharedExpert | None
+    native: NativeAttention | None
 
 
 class Decoder:
@@ -70,7 +78,8 @@ class Decoder:
     ) -> None:
         self.spec, self.dtype, self.device, self.batch_invariant = spec, dtype, device, batch_invariant
         self._embedding = weights.read("model.embed_tokens.weight", spec.vocab_size, spec.hidden_size)
-        self._layers = [_read_layer(spec, weights, layer) for layer in range(spec.num_layers)]
+        self._is_native = has_native_attention(spec, dtype, device)
+        self._layers = [_read_layer(spec, weights, layer, self._is_native) for layer in range(spec.num_layers)]
         self.gates: dict[int, RoutingStrategy] = {
             layer: weights.strategy(layer) for layer in spec.experts.moe_layers
         }
@@ -79,7 +88,7 @@ class Decoder:
         self._rotary = RotaryTable(spec.rope, spec.rotary_dim, device)
         self.weights_bytes = weights.nbytes
         if batch_invariant:
-            self.gates = {layer: InTiles(gate) for layer, gate in self.gates.items()}
+            self.gates = {layer: row_by_row(gate) for layer, gate in self.gates.items()}
             check_tiles(self._head, spec.hidden_size, dtype, device)
 
     @classmethod
@@ -147,14 +156,15 @@ class Decoder:
                 routing = self._route(index, normed)
                 sent = _through_experts(layer.shared, index, normed, routing, experts, step)
                 shared_out, expert_out = await sent
-                hidden = _combine(hidden, expert_out, shared_out)
+                hidden = self._combine(hidden, expert_out, shared_out)
         return self._logits(hidden, step)
 
     @torch.inference_mode()
-    def _begin(self, batch: ForwardBatch, cache: KVCache) -> tuple[Step, tuple[Tensor, Tensor], Tensor]:
+    def _begin(self, batch: ForwardBatch, cache: KVCache) -> tuple[Step, Rotary | None, Tensor]:
         windows = set(self.spec.sliding_windows)
-        step = plan_step(batch, cache.block_tokens, windows, self.dtype, self.device, self.batch_invariant)
-        rotary = self._rotary.rows(step.positions, step.length, self.dtype)
+        native = self._rotary if self._is_native else None
+        step = plan_step(batch, cache.block_tokens, windows, self.dtype, self.device, self.batch_invariant, native)
+        rotary = None if native else self._rotary.rows(step.positions, step.length, self.dtype)
         return step, rotary, F.embedding(batch.token_ids.to(self.device), self._embedding)
 
     @torch.inference_mode()
@@ -163,11 +173,14 @@ class Decoder:
         layer: DecoderLayer,
         hidden: Tensor,
         step: Step,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Rotary | None,
         cache: KVCache,
         rows: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """The residual stream after attention, and what the feed-forward part of the layer reads."""
+        if layer.native is not None:
+            return layer.native(hidden, step, cache, rows)
+        assert rotary is not None
         normed = self._rms_norm(hidden, layer.attention_norm, step)
         hidden = hidden + layer.attention(normed, step, rotary, cache)
         if rows is not None:
@@ -179,10 +192,23 @@ class Decoder:
         return self.gates[layer](normed)
 
     @torch.inference_mode()
+    def _combine(self, hidden: Tensor, routed: Tensor, shared: Tensor | None) -> Tensor:
+        if self._is_native and shared is None:
+            return add(hidden, routed)
+        out = routed.to(device=hidden.device, dtype=hidden.dtype)
+        return hidden + (out if shared is None else out + shared)
+
+    @torch.inference_mode()
     def _logits(self, hidden: Tensor, step: Step) -> Tensor:
-        return step.by_rows(self._head, self._rms_norm(hidden, self._norm, step)).float()
+        normed = self._rms_norm(hidden, self._norm, step)
+        if self._head.native is not None:
+            return self._head.native(normed, torch.float32)
+        return step.by_rows(self._head, normed).float()
 
     def _rms_norm(self, hidden: Tensor, scale: Tensor, step: Step) -> Tensor:
+        if self._is_native:
+            return rms_norm(hidden, scale, self.spec.norm_eps)
+
         def norm(rows: Tensor) -> Tensor:
             # The scale outside: the reference rounds to the model's dtype before it, the fused kernel after it.
             return F.rms_norm(rows, (self.spec.hidden_size,), None, self.spec.norm_eps) * scale
@@ -190,14 +216,21 @@ class Decoder:
         return step.by_rows(norm, hidden)
 
 
-def _read_layer(spec: DecoderSpec, weights: TrunkWeights, layer: int) -> DecoderLayer:
+def _read_layer(spec: DecoderSpec, weights: TrunkWeights, layer: int, is_native: bool) -> DecoderLayer:
     prefix, has_experts = f"model.layers.{layer}", layer in spec.experts.moe_layers
+    norms = weights.norm(f"{prefix}.input_layernorm"), weights.norm(f"{prefix}.post_attention_layernorm")
+    attention = _read_attention(spec, weights, layer)
+    native = None
+    if is_native:
+        assert isinstance(attention, Attention)
+        native = NativeAttention(layer, spec, attention.weights, *norms)
     return DecoderLayer(
-        attention_norm=weights.norm(f"{prefix}.input_layernorm"),
-        attention=_read_attention(spec, weights, layer),
-        feed_forward_norm=weights.norm(f"{prefix}.post_attention_layernorm"),
+        attention_norm=norms[0],
+        attention=attention,
+        feed_forward_norm=norms[1],
         dense=None if has_experts else weights.dense(layer),
         shared=weights.shared_expert(layer) if has_experts else None,
+        native=native,
     )
 
 
@@ -230,9 +263,3 @@ def _apply(shared: SharedExpert, normed: Tensor, step: Step) -> Tensor:
 @torch.inference_mode()
 def _add(hidden: Tensor, network: GatedFeedForward, normed: Tensor, step: Step) -> Tensor:
     return hidden + step.by_rows(network, normed)
-
-
-@torch.inference_mode()
-def _combine(hidden: Tensor, routed: Tensor, shared: Tensor | None) -> Tensor:
-    out = routed.to(device=hidden.device, dtype=hidden.dtype)
-    return hidden + (out if shared is None else out + shared)

@@ -92,6 +92,18 @@ class KVCache:
             index = torch.tensor(blocks, device=self._pool.device)
             self._pool.index_fill_(1, index, 0.0)
 
+    def address(self, layer: int) -> int:
+        """Where a layer's rows begin in memory, for native kernels; they lie side by side."""
+        return self._rows[layer].data_ptr()
+
+    def rows(self, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values that `append` wrote to `rows [tokens]`: each `[tokens, kv_heads, dim]`."""
+        layout = self.layout
+        taken = self._rows[layer].index_select(0, rows)
+        split = layout.num_kv_heads * layout.key_dim
+        keys = taken[:, :split].view(-1, layout.num_kv_heads, layout.key_dim)
+        return keys, taken[:, split:].view(-1, layout.num_kv_heads, layout.value_dim)
+
     def append(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor | None) -> None:
         """Writes new tokens; writing the same places again replaces them, so a forward may be repeated.
 

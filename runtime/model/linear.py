@@ -6,12 +6,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..native import kernels
+from ..native.kernels import PackedLinear
+
 
 class Linear:
     """`rows @ weight.T + bias`.
 
-    On a CPU with bfloat16 instructions the weight is reordered once for oneDNN: the same numbers bit for bit, and
-    for the few rows of a decode step 1.8 to 2.7 times faster than from the plain layout.
+    Where native kernels are the fastest, they compute it. Elsewhere, on a CPU with bfloat16 instructions, the weight
+    is reordered once for oneDNN: the same numbers bit for bit, and for the few rows of a decode step 1.8 to 2.7
+    times faster than from the plain layout.
 
     Args:
         weight: `[out, in]`; do not keep it, or it stays in memory twice.
@@ -19,10 +23,15 @@ class Linear:
 
     Attributes:
         is_packed: whether the weight was copied into another layout.
+        native: where the kernels compute it.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self._bias = bias
+        self.native: PackedLinear | None = None
+        if kernels.are_fast() and kernels.supports(weight.dtype, weight.device, weight.shape[1]):
+            self.native, self.is_packed, self._weight = PackedLinear(weight, bias), True, weight.new_empty(0)
+            return
         self.is_packed = _packs(weight)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1) if self.is_packed else weight
 
@@ -39,10 +48,14 @@ class Linear:
     @property
     def nbytes(self) -> int:
         """Memory of weight and bias."""
+        if self.native is not None:
+            return self.native.matrix.nbytes
         return self._weight.nbytes + (0 if self._bias is None else self._bias.nbytes)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """`[rows, in]` -> `[rows, out]`."""
+        if self.native is not None:
+            return self.native(rows)
         if self.is_packed:
             out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, "none", [], "")
             return out

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import ConfigurationError
 from ..requests import ModelInfo
-from ..routing.in_tiles import InTiles
+from ..routing.in_tiles import row_by_row
 from ..routing.strategies import RoutingStrategy
 from ..tensors import torch_dtype
 from .checkpoint import Checkpoint
@@ -70,7 +70,7 @@ def load_trunk(
         decoder = Decoder.load(checkpoint, spec, torch_dtype(served_in), device, batch_invariant)
         return Trunk(info, decoder.gates, decoder, decoder.weights_bytes)
     gate = load_gate(checkpoint, spec, torch_dtype(served_in), device)
-    gates: dict[int, RoutingStrategy] = {spec.experts.moe_layers[0]: InTiles(gate) if batch_invariant else gate}
+    gates: dict[int, RoutingStrategy] = {spec.experts.moe_layers[0]: row_by_row(gate) if batch_invariant else gate}
     return Trunk(info, gates, None, gate.weight.nbytes)
 
 

@@ -105,13 +105,14 @@ class Reads:
 
 @dataclass(frozen=True, slots=True)
 class ReadPlanner:
-    """Plans reads for segments and the rows of the batch where each begins."""
+    """Plans reads."""
 
     block_tokens: int
     dtype: torch.dtype
     device: torch.device
 
     def plan(self, rows: Sequence[tuple[Segment, int]], window: int | None) -> Reads:
+        """For segments and the rows of the batch where each begins."""
         single = [(segment, row) for segment, row in rows if segment.count == 1]
         longer = [(segment, row) for segment, row in rows if segment.count > 1]
         return Reads(

@@ -89,10 +89,23 @@ class RotaryTable:
         Returns:
             Cosine and signed sine, each `[tokens, 1, head_dim]`.
         """
-        if length > self._table.shape[0]:
-            self._table = self._compute(max(length, 2 * self._table.shape[0]))
+        self._grow(length)
         cosine, sine = self._table.index_select(0, positions).to(dtype).unbind(1)
         return cosine, sine
+
+    def address(self, length: int) -> int:
+        """Where `table` lies, which grows to `length`, for native kernels; the next call may lay it elsewhere."""
+        self._grow(length)
+        return self._table.data_ptr()
+
+    @property
+    def table(self) -> Tensor:
+        """Cosine and signed sine of every position so far, `[length, 2, 1, head_dim]` float32."""
+        return self._table
+
+    def _grow(self, length: int) -> None:
+        if length > self._table.shape[0]:
+            self._table = self._compute(max(length, 2 * self._table.shape[0]))
 
     def _compute(self, length: int) -> Tensor:
         positions = torch.arange(length, dtype=torch.float32, device=self._frequencies.device)

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..native.trunk import AttendedTokens, TokenPlaces
 from .reads import ReadPlanner, Reads, Segment
+from .rope import RotaryTable
 from .tiles import Rows, by_tiles
 
 __all__ = ["ForwardBatch", "Segment", "Step", "plan_step"]
@@ -44,6 +46,21 @@ class ForwardBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class NativeStep:
+    """What native kernels need to know of a forward.
+
+    Attributes:
+        places: of all new tokens.
+        attended: the tokens that attend one by one, or None without any.
+        kept: what the addresses in `places` point at.
+    """
+
+    places: TokenPlaces
+    attended: AttendedTokens | None
+    kept: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """What all layers share in one forward.
 
@@ -54,6 +71,7 @@ class Step:
         reads: by the layers' sliding window.
         length: the longest sequence after the forward.
         in_tiles: whether rows are computed in tiles; see `by_rows`.
+        native: set where native kernels compute attention; `reads` are then of prompts only.
     """
 
     positions: Tensor
@@ -62,6 +80,7 @@ class Step:
     reads: dict[int | None, Reads]
     length: int
     in_tiles: bool = False
+    native: NativeStep | None = None
 
     def by_rows(self, function: Callable[..., Rows], *rows: Tensor) -> Rows:
         """`function(*rows)`, which treats each row on its own."""
@@ -75,6 +94,7 @@ def plan_step(
     dtype: torch.dtype,
     device: torch.device,
     in_tiles: bool = False,
+    rotary: RotaryTable | None = None,
 ) -> Step:
     """Everything about `batch` that all layers share.
 
@@ -85,6 +105,7 @@ def plan_step(
         dtype: of queries and keys, and so of the masks.
         device: where the tensors go.
         in_tiles: whether rows and attention are computed in tiles.
+        rotary: set where native kernels compute attention.
     """
     segments = batch.segments
     counts = np.array([segment.count for segment in segments])
@@ -94,16 +115,30 @@ def plan_step(
     outputs = torch.from_numpy(ends - 1) if batch.output_rows is None else batch.output_rows
     rows = [(segment, row) for segment, row in zip(segments, (ends - counts).tolist(), strict=True)]
     planner = ReadPlanner(block_tokens, dtype, device)
+    length = max(segment.end for segment in segments)
+    placed = torch.from_numpy(positions).to(device)
+    cache_rows = torch.from_numpy(blocks * block_tokens + positions % block_tokens).to(device)
+    native = None
+    if rotary is not None:
+        # Where every token is to have the same bits in any batch, those of prompts attend one by one too.
+        alone = rows if in_tiles else [(segment, row) for segment, row in rows if segment.count == 1]
+        rows = [] if in_tiles else [(segment, row) for segment, row in rows if segment.count > 1]
+        places = TokenPlaces(
+            len(positions), placed.data_ptr(), cache_rows.data_ptr(), rotary.address(length), block_tokens
+        )
+        attended = AttendedTokens.of([(s.blocks, row, s.count) for s, row in alone]) if alone else None
+        native = NativeStep(places, attended, (placed, cache_rows, rotary.table))
     return Step(
-        positions=torch.from_numpy(positions).to(device),
-        cache_rows=torch.from_numpy(blocks * block_tokens + positions % block_tokens).to(device),
+        positions=placed,
+        cache_rows=cache_rows,
         output_rows=outputs.to(device),
         reads={
-            window: planner.plan_tiles(rows, window) if in_tiles else planner.plan(rows, window)
+            window: planner.plan_tiles(rows, window) if in_tiles and native is None else planner.plan(rows, window)
             for window in windows
         },
-        length=max(segment.end for segment in segments),
+        length=length,
         in_tiles=in_tiles,
+        native=native,
     )
 
 

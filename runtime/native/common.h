@@ -42,6 +42,9 @@ inline uint16_t bf16_of(float value) {
   return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);  // to the nearest, ties to even
 }
 
+inline void put(float value, float* out) { *out = value; }
+inline void put(float value, uint16_t* out) { *out = bf16_of(value); }
+
 // A matrix [columns, k] in panels of PANEL columns; see `packing.py`.
 struct Matrix {
   const uint8_t* weights;
@@ -67,6 +70,39 @@ struct Dispatch {
   const float* weights;    // [pairs]
   float* out;              // [rows, hidden], overwritten
   int64_t rows, pairs;
+};
+
+// One layer's grouped-query attention with what lies around it.
+struct Attention {
+  Kind kind;
+  int64_t hidden, heads, kv_heads, head_dim;
+  float eps, scale;
+  float clip;              // of queries, keys and values; infinity: none
+  int64_t window;          // tokens that a token sees, itself included; 0: all
+  int qk_norm;             // 0: none; 1: of every head; 2: of all queries and of all keys
+  const void* input_norm;  // [hidden], like the other scales in the kind's activations
+  const void* qk_scale;    // [heads + kv_heads, head_dim]
+  const void* post_norm;   // [hidden]
+  const float* sinks;      // [heads], or null
+  Matrix qkv, output;
+};
+
+// New tokens of one forward, and where the paged cache keeps them and what came before.
+struct Tokens {
+  int64_t count;
+  const int64_t* positions;   // [count]
+  const int64_t* cache_rows;  // [count] block times block_tokens plus place
+  const float* rotary;        // [positions, 2, head_dim] cosine and signed sine
+  void* cache;                // [blocks * block_tokens, 2 * kv_heads * head_dim] keys before values
+  int64_t block_tokens;
+};
+
+// Which tokens attend natively, and through which blocks.
+struct Queries {
+  int64_t count;
+  const int32_t* rows;    // [count] of the batch
+  const int32_t* tables;  // [count] where in `blocks` each one's begin
+  const int32_t* blocks;
 };
 
 // Memory of a thread that grows to what it was asked for at most, so that nothing is allocated in the steady state.

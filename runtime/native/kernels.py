@@ -57,6 +57,11 @@ def _load() -> tuple[Any, str, bool]:
 _module, _name, _magnitudes = _load()
 
 
+def module() -> Any:
+    """The kernels as they are built; only where there are any."""
+    return _module
+
+
 def available() -> bool:
     """Whether there are any."""
     return _module is not None

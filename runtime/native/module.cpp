@@ -18,6 +18,7 @@ namespace pimoe {
 namespace avx512 {
 #include "vector_avx512.h"
 #include "products.h"
+#include "attention.h"
 }  // namespace avx512
 #pragma GCC pop_options
 
@@ -26,6 +27,7 @@ namespace avx512 {
 namespace avx2 {
 #include "vector_generic.h"
 #include "products.h"
+#include "attention.h"
 }  // namespace avx2
 #pragma GCC pop_options
 #endif
@@ -33,6 +35,7 @@ namespace avx2 {
 namespace portable {
 #include "vector_generic.h"
 #include "products.h"
+#include "attention.h"
 }  // namespace portable
 
 struct Kernels {
@@ -40,12 +43,24 @@ struct Kernels {
   bool pairs_of_bytes;  // int8 with bfloat16: whether weights are signs and magnitudes in pairs (see `packing.py`)
   void (*experts)(const Experts&, const Dispatch&, int);
   void (*product)(Kind, const Matrix&, const void*, int64_t, void*, bool, int64_t, int);
+  void (*norm)(Kind, const void*, const void*, int64_t, int64_t, float, void*);
+  void (*add)(Kind, const void*, const float*, int64_t, void*);
+  void (*project)(const Attention&, const Tokens&, const void*, void*, int);
+  void (*attend)(const Attention&, const Tokens&, const Queries&, const void*, void*, int);
+  void (*finish)(const Attention&, const void*, const void*, const int64_t*, int64_t, void*, void*, int);
+  void (*route)(Kind, const Matrix&, int64_t, const void*, int64_t, int64_t, bool, bool, int64_t*, float*);
 };
 
-const Kernels PORTABLE{"portable", false, portable::run_experts, portable::run_product};
+#define PIMOE_KERNELS(name, pairs_of_bytes)                                                                      \
+  {                                                                                                              \
+    #name, pairs_of_bytes, name::run_experts, name::run_product, name::run_norm, name::run_add,                  \
+        name::run_project, name::run_attend, name::run_finish, name::run_route                                   \
+  }
+
+const Kernels PORTABLE PIMOE_KERNELS(portable, false);
 #ifdef PIMOE_X86
-const Kernels AVX2{"avx2", false, avx2::run_experts, avx2::run_product};
-const Kernels AVX512{"avx512", true, avx512::run_experts, avx512::run_product};
+const Kernels AVX2 PIMOE_KERNELS(avx2, false);
+const Kernels AVX512 PIMOE_KERNELS(avx512, true);
 #endif
 
 const Kernels* kernels_named(const char* name) {
@@ -178,6 +193,119 @@ PyObject* run_product(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return released([&] { chosen->product(kind, *weights, rows, number, out, out_f32, columns, threads); });
 }
 
+// attention(kind, hidden, heads, kv_heads, head_dim, eps, scale, clip, window, qk_norm, input_norm, qk_scale, post_norm,
+// sinks, qkv, output)
+PyObject* attention(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!expect(count, 16)) return nullptr;
+  const auto* qkv = static_cast<Matrix*>(PyCapsule_GetPointer(args[14], "matrix"));
+  const auto* output = static_cast<Matrix*>(PyCapsule_GetPointer(args[15], "matrix"));
+  if (qkv == nullptr || output == nullptr) return nullptr;
+  Attention made{Kind(PyLong_AsLong(args[0])),
+                 PyLong_AsLongLong(args[1]),
+                 PyLong_AsLongLong(args[2]),
+                 PyLong_AsLongLong(args[3]),
+                 PyLong_AsLongLong(args[4]),
+                 float(PyFloat_AsDouble(args[5])),
+                 float(PyFloat_AsDouble(args[6])),
+                 float(PyFloat_AsDouble(args[7])),
+                 PyLong_AsLongLong(args[8]),
+                 int(PyLong_AsLong(args[9])),
+                 pointer<const void>(args[10]),
+                 pointer<const void>(args[11]),
+                 pointer<const void>(args[12]),
+                 pointer<const float>(args[13]),
+                 *qkv,
+                 *output};
+  return PyErr_Occurred() ? nullptr : capsule(std::move(made), "attention");
+}
+
+// tokens(count, positions, cache_rows, rotary, cache, block_tokens) from args[0] on
+Tokens tokens_from(PyObject* const* args) {
+  return {PyLong_AsLongLong(args[0]),    pointer<const int64_t>(args[1]), pointer<const int64_t>(args[2]),
+          pointer<const float>(args[3]), pointer<void>(args[4]),          PyLong_AsLongLong(args[5])};
+}
+
+// run_project(attention, tokens..., hidden, queries, threads)
+PyObject* run_project(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!expect(count, 10)) return nullptr;
+  const auto* layer = static_cast<Attention*>(PyCapsule_GetPointer(args[0], "attention"));
+  if (layer == nullptr) return nullptr;
+  const Tokens tokens = tokens_from(args + 1);
+  const void* hidden = pointer<const void>(args[7]);
+  void* queries = pointer<void>(args[8]);
+  const int threads = int(PyLong_AsLong(args[9]));
+  return released([&] { chosen->project(*layer, tokens, hidden, queries, threads); });
+}
+
+// run_attend(attention, tokens..., count, rows, tables, blocks, queries, out, threads)
+PyObject* run_attend(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!expect(count, 14)) return nullptr;
+  const auto* layer = static_cast<Attention*>(PyCapsule_GetPointer(args[0], "attention"));
+  if (layer == nullptr) return nullptr;
+  const Tokens tokens = tokens_from(args + 1);
+  const Queries named{PyLong_AsLongLong(args[7]), pointer<const int32_t>(args[8]), pointer<const int32_t>(args[9]),
+                      pointer<const int32_t>(args[10])};
+  const void* queries = pointer<const void>(args[11]);
+  void* out = pointer<void>(args[12]);
+  const int threads = int(PyLong_AsLong(args[13]));
+  return released([&] { chosen->attend(*layer, tokens, named, queries, out, threads); });
+}
+
+// run_finish(attention, attended, hidden, rows, count, out, normed, threads)
+PyObject* run_finish(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!expect(count, 8)) return nullptr;
+  const auto* layer = static_cast<Attention*>(PyCapsule_GetPointer(args[0], "attention"));
+  if (layer == nullptr) return nullptr;
+  const void* attended = pointer<const void>(args[1]);
+  const void* hidden = pointer<const void>(args[2]);
+  const auto* rows = pointer<const int64_t>(args[3]);
+  const int64_t number = PyLong_AsLongLong(args[4]);
+  void* out = pointer<void>(args[5]);
+  void* normed = pointer<void>(args[6]);
+  const int threads = int(PyLong_AsLong(args[7]));
+  return released([&] { chosen->finish(*layer, attended, hidden, rows, number, out, normed, threads); });
+}
+
+// run_norm(kind, rows, scale, count, width, eps, out)
+PyObject* run_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!expect(count, 7)) return nullptr;
+  const Kind kind = Kind(PyLong_AsLong(args[0]));
+  const void* rows = pointer<const void>(args[1]);
+  const void* scale = pointer<const void>(args[2]);
+  const int64_t number = PyLong_AsLongLong(args[3]), width = PyLong_AsLongLong(args[4]);
+  const float eps = float(PyFloat_AsDouble(args[5]));
+  void* out = pointer<void>(args[6]);
+  return released([&] { chosen->norm(kind, rows, scale, number, width, eps, out); });
+}
+
+// run_add(kind, hidden, added, numbers, out)
+PyObject* run_add(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!expect(count, 5)) return nullptr;
+  const Kind kind = Kind(PyLong_AsLong(args[0]));
+  const void* hidden = pointer<const void>(args[1]);
+  const auto* added = pointer<const float>(args[2]);
+  const int64_t numbers = PyLong_AsLongLong(args[3]);
+  void* out = pointer<void>(args[4]);
+  return released([&] { chosen->add(kind, hidden, added, numbers, out); });
+}
+
+// run_route(kind, gate, experts, rows, count, top_k, renormalize, round_weights, ids, weights)
+PyObject* run_route(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!expect(count, 10)) return nullptr;
+  const Kind kind = Kind(PyLong_AsLong(args[0]));
+  const auto* gate = static_cast<Matrix*>(PyCapsule_GetPointer(args[1], "matrix"));
+  if (gate == nullptr) return nullptr;
+  const int64_t experts = PyLong_AsLongLong(args[2]), number = PyLong_AsLongLong(args[4]);
+  const int64_t top_k = PyLong_AsLongLong(args[5]);
+  const void* rows = pointer<const void>(args[3]);
+  const bool renormalize = PyObject_IsTrue(args[6]) == 1, round_weights = PyObject_IsTrue(args[7]) == 1;
+  auto* ids = pointer<int64_t>(args[8]);
+  auto* weights = pointer<float>(args[9]);
+  return released([&] {
+    chosen->route(kind, *gate, experts, rows, number, top_k, renormalize, round_weights, ids, weights);
+  });
+}
+
 #define PIMOE_FAST(name) \
   { #name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(name)), METH_FASTCALL, nullptr }
 
@@ -187,6 +315,13 @@ PyMethodDef methods[] = {
     PIMOE_FAST(experts),
     PIMOE_FAST(run_experts),
     PIMOE_FAST(run_product),
+    PIMOE_FAST(attention),
+    PIMOE_FAST(run_project),
+    PIMOE_FAST(run_attend),
+    PIMOE_FAST(run_finish),
+    PIMOE_FAST(run_norm),
+    PIMOE_FAST(run_add),
+    PIMOE_FAST(run_route),
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -28,6 +28,24 @@ inline Vec larger(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Vec rounded(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Vec times_power_of_two(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 
+// Lane n of the result is the sum of the vector of token n. Every sum has the same tree, and so the same bits for the
+// same numbers, whichever token it is of.
+constexpr int SUM_PLACE[16] = {0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15};  // token -> place in `parts`
+inline Vec sums_of(Vec (&parts)[16]) {
+  __m512 s[8], r[4], u[2];
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; ++j)
+    s[j] = _mm512_add_ps(_mm512_shuffle_f32x4(parts[j].v, parts[j + 8].v, 0x44),
+                         _mm512_shuffle_f32x4(parts[j].v, parts[j + 8].v, 0xee));
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j)
+    r[j] = _mm512_add_ps(_mm512_shuffle_f32x4(s[j], s[j + 4], 0x88), _mm512_shuffle_f32x4(s[j], s[j + 4], 0xdd));
+#pragma GCC unroll 2
+  for (int j = 0; j < 2; ++j)
+    u[j] = _mm512_add_ps(_mm512_shuffle_ps(r[j], r[j + 2], 0x44), _mm512_shuffle_ps(r[j], r[j + 2], 0xee));
+  return {_mm512_add_ps(_mm512_shuffle_ps(u[0], u[1], 0x88), _mm512_shuffle_ps(u[0], u[1], 0xdd))};
+}
+
 // out[m] = rows[m] . w for the 64 columns of a panel. Every row adds up in the order of k, however many rows there are.
 template <int KIND, int M> struct Panel;
 

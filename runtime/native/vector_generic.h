@@ -58,6 +58,14 @@ inline Vec times_power_of_two(Vec a, Vec n) {
   return out;
 }
 
+// Lane n of the result is the sum of the vector of token n.
+constexpr int SUM_PLACE[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+inline Vec sums_of(Vec (&parts)[16]) {
+  Vec out;
+  for (int j = 0; j < 16; ++j) out.v[j] = parts[j].sum();
+  return out;
+}
+
 template <int KIND, int M> struct Panel {
   using Act = typename Traits<KIND>::Act;
   static void run(const uint8_t* weights, const float* scales, const Act* const* rows, int64_t k,

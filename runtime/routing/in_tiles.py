@@ -5,7 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..model.tiles import by_tiles
-from .strategies import Routing, RoutingStrategy
+from .strategies import Routing, RoutingStrategy, TopKSoftmax
+
+
+def row_by_row(strategy: RoutingStrategy) -> RoutingStrategy:
+    """The strategy as one that gives a token the same bits in any batch."""
+    native = isinstance(strategy, TopKSoftmax) and strategy.is_native
+    return strategy if native else InTiles(strategy)
 
 
 class InTiles:

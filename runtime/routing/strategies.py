@@ -12,6 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..native import kernels
+from ..native.trunk import PackedGate
+
 
 @dataclass(frozen=True, slots=True)
 class Routing:
@@ -55,14 +58,24 @@ class TopKSoftmax:
         self.top_k = top_k
         self.renormalize = renormalize
         self.round_weights = round_weights
+        self._native: PackedGate | None = None
+        if kernels.are_fast() and kernels.supports(weight.dtype, weight.device, weight.shape[1]):
+            self._native = PackedGate(weight, top_k, renormalize, round_weights)
 
     @property
     def num_experts(self) -> int:
         """Rows of the gate matrix."""
         return self.weight.shape[0]
 
+    @property
+    def is_native(self) -> bool:
+        """Whether native kernels compute it, each token on its own."""
+        return self._native is not None
+
     def __call__(self, hidden: Tensor) -> Routing:
         """See `RoutingStrategy`."""
+        if self._native is not None:
+            return Routing(*self._native(hidden))
         logits = torch.nn.functional.linear(hidden, self.weight)
         weights, expert_ids = torch.softmax(logits, dim=-1, dtype=torch.float32).topk(self.top_k, dim=-1)
         if self.renormalize:
