@@ -353,7 +353,7 @@ async def test_wrong_input_name() -> None:
     ("size", "length", "tail", "says"),
     [
         (64, None, 64, "not valid JSON"),
-        (64, "0", 64, "not valid JSON"),
+        (64, "0", 63, "a row of float32 takes 32"),
         (64, "99999", 64, "at most the body's"),
         (64, "-1", 64, "at most the body's"),
         (64, "1e3", 64, "at most the body's"),

@@ -6,13 +6,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from pimoe.deployments.api.known_answers import MAX_BYTES, KnownAnswer, KnownAnswers, asked
+from pimoe.deployments.api.known_answers import MAX_BYTES, KnownAnswer, KnownAnswers
+from pimoe.deployments.api.options import read_headers
 
 Headers = list[tuple[bytes, bytes]]
 
 
 def request(body: bytes, headers: Headers | None = None, path: str = "/v1/completions") -> Any:
-    return asked({"path": path, "headers": headers or []}, body)
+    return path, read_headers(headers or []), body
 
 
 def answer(body: bytes = b"answer") -> KnownAnswer:

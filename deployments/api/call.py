@@ -19,9 +19,9 @@ from .bodies import check_headers, read_body
 from .context import ApiSettings, GatewayContext
 from .errors import Headers, MethodNotAllowedError
 from .fields import shown
-from .known_answers import Asked, KnownAnswer, asked
+from .known_answers import Asked, KnownAnswer
 from .lifetime import Lifetime, cancelled_from_behind
-from .options import CallOptions, check_one_tenant, from_headers
+from .options import CallOptions, HeaderOptions, read_headers
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,8 @@ class Call:
 
     __slots__ = (
         "_asked",
+        "_options",
+        "_read",
         "_send",
         "context",
         "headers",
@@ -74,12 +76,16 @@ class Call:
         "streams",
     )
 
-    def __init__(self, context: GatewayContext, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(
+        self, context: GatewayContext, options: HeaderOptions, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         self.context = context
+        self._options = options
         self.scope = scope
         self.receive = receive
         self._send = send
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        self._read = read_headers(scope["headers"])
         self.request_id = request_id_of(self.headers)
         self.lifetime = Lifetime(context.settings.default_timeout_s)
         self.started = False
@@ -101,8 +107,7 @@ class Call:
         Raises:
             InvalidRequestError.
         """
-        check_one_tenant(self.scope["headers"])
-        return from_headers(self.headers, self.settings)
+        return self._options.read(self._read)
 
     async def body(self) -> bytes:
         """The body; from then on the client's disconnect ends the call.
@@ -132,7 +137,7 @@ class Call:
         known = self.context.known
         if known is None:
             return False
-        self._asked = asked(self.scope, body)
+        self._asked = (self.scope["path"], self._read, body)
         if (answer := known.find(self._asked)) is None:
             return False
         if not self.context.recall(answer.hits):
@@ -232,11 +237,12 @@ class Endpoint:
 
     def __init__(self, context: GatewayContext, handler: Handler, methods: tuple[str, ...]) -> None:
         self._context = context
+        self._options = HeaderOptions(context.settings)
         self._handler = handler
         self._methods = methods
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        call = Call(self._context, scope, receive, send)
+        call = Call(self._context, self._options, scope, receive, send)
         if scope["method"] not in self._methods:
             await self._refuse_method(call)
             return

@@ -64,7 +64,7 @@ async def infer(call: Call) -> None:
     model = served_model(call)
     reader = _reader(call, model)
     body = await call.body()
-    if await call.repeat(body):
+    if reader.defaults.use_cache and await call.repeat(body):
         return
     if reader.encoding == "msgpack":
         tensor_call = reader.read(decode_msgpack(body, 0))

@@ -12,21 +12,17 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
-from starlette.types import Scope
-
 from .errors import Headers
 
 MAX_BYTES = 32 << 20
 _MAX_ENTRY_BYTES = MAX_BYTES // 16
 _ENTRY_OVERHEAD_BYTES = 2048  # tuples, headers, and the place in the table
-_READ_HEADERS = frozenset(
-    (b"content-type", b"content-encoding", b"inference-header-content-length", b"x-request-timeout-seconds")
-)
-_OWN_PREFIX = b"x-pimoe-"
 
-# Path, the headers that a handler reads, in the order that they came in, and the body: the whole bytes and no
-# digest of them, so that two requests are never taken for one.
-Asked: TypeAlias = tuple[str, tuple[tuple[bytes, bytes], ...], bytes]
+# The headers of a request that any handler reads, in the order that they came in, each as often as it came.
+ReadHeaders: TypeAlias = tuple[tuple[bytes, bytes], ...]
+
+# Path, headers and body: the whole bytes and no digest of them, so that two requests are never taken for one.
+Asked: TypeAlias = tuple[str, ReadHeaders, bytes]
 
 
 class KnownAnswer(NamedTuple):
@@ -35,14 +31,6 @@ class KnownAnswer(NamedTuple):
     headers: Headers
     body: bytes
     hits: Sequence[object]
-
-
-def asked(scope: Scope, body: bytes) -> Asked:
-    """What decides the answer of a request, apart from what the server knows."""
-    read = [
-        header for header in scope["headers"] if header[0] in _READ_HEADERS or header[0][:8].lower() == _OWN_PREFIX
-    ]
-    return scope["path"], tuple(read), body
 
 
 class KnownAnswers:

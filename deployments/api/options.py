@@ -27,6 +27,7 @@ from ...runtime.errors import InvalidRequestError
 from ...runtime.requests import DEFAULT_PRIORITY
 from .context import ApiSettings
 from .fields import Fields, shown
+from .known_answers import ReadHeaders
 from .modes import MODE_NAMES, NO_MODE, ModeName, Truncation
 
 PRIORITY_HEADER = b"x-pimoe-priority"
@@ -40,6 +41,10 @@ MICROSECONDS_FROM = 100_000
 
 MAX_TENANT_CHARS = 128
 TENANT_RULE = f"at most {MAX_TENANT_CHARS} characters of visible ASCII, without spaces"
+
+_OWN_PREFIX = b"x-pimoe-"
+_READ = frozenset((b"content-type", b"content-encoding", b"inference-header-content-length", SERVE_TIMEOUT_HEADER))
+_KEPT = 256
 
 _FLAGS = {b"true": True, b"1": True, b"false": False, b"0": False}
 
@@ -65,6 +70,29 @@ class CallOptions:
     def bypass(self) -> BypassReason | None:
         """Why the cache is to leave the request alone; None: it may answer."""
         return None if self.use_cache else "asked"
+
+
+def read_headers(headers: Iterable[tuple[bytes, bytes]]) -> ReadHeaders:
+    """Those of all headers that decide anything, apart from the length of the body and the request's id."""
+    return tuple([header for header in headers if header[0] in _READ or header[0][:8].lower() == _OWN_PREFIX])
+
+
+class HeaderOptions:
+    """The options that headers give, remembered: a client sends the same ones each time."""
+
+    def __init__(self, settings: ApiSettings) -> None:
+        self._settings = settings
+        self._known: dict[ReadHeaders, CallOptions] = {}
+
+    def read(self, headers: ReadHeaders) -> CallOptions:
+        """Raises: InvalidRequestError, as `from_headers` and `check_one_tenant`."""
+        if (options := self._known.get(headers)) is None:
+            check_one_tenant(headers)
+            options = from_headers(dict(headers), self._settings)
+            if len(self._known) >= _KEPT:
+                self._known.clear()
+            self._known[headers] = options
+        return options
 
 
 def from_headers(headers: dict[bytes, bytes], settings: ApiSettings) -> CallOptions:
