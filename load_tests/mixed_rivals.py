@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def transformers_batching(folder: Path, step_tokens: int, kv_tokens: int) -> Ite
 def _streaming(manager: Any) -> Generate:
     numbers = iter(range(1 << 62))
 
-    async def generate(prompt: list[int], max_tokens: int) -> AsyncGenerator[int, None]:
+    async def generate(prompt: list[int], max_tokens: int) -> AsyncGenerator[Sequence[int], None]:
         name, outputs = f"mixed-{next(numbers)}", asyncio.Queue[Any]()
         manager.register_result_handler(name, outputs.put_nowait)
         manager.add_request(prompt, request_id=name, max_new_tokens=max_tokens, streaming=True)
@@ -59,9 +59,8 @@ def _streaming(manager: Any) -> Generate:
             output = await outputs.get()
             if output.error is not None:
                 raise RuntimeError(f"transformers failed: {output.error}")
-            count = len(output.generated_tokens)
-            yield count - seen
-            seen = count
+            yield output.generated_tokens[seen:]
+            seen = len(output.generated_tokens)
             if output.is_finished():
                 return
 

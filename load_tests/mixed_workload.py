@@ -106,8 +106,8 @@ class Answered:
 async def _ask(generate: Generate, asked: Asked) -> Answered:
     answered = Answered(asked, time.monotonic())
     async with aclosing(generate(asked.prompt, asked.max_tokens)) as pieces:
-        async for count in pieces:
-            answered.token_s += [time.monotonic()] * count
+        async for tokens in pieces:
+            answered.token_s += [time.monotonic()] * len(tokens)
     if len(answered.token_s) != asked.max_tokens:
         raise RuntimeError(f"a request brought {len(answered.token_s)} tokens instead of {asked.max_tokens}")
     return answered

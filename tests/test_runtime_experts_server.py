@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -14,17 +15,17 @@ from pimoe.runtime.errors import (
     InvalidRequestError,
     InvalidTensorError,
     LinkProtocolError,
-    PimoeError,
 )
 from pimoe.runtime.experts.client import LocalGroup, RemoteGroup
 from pimoe.runtime.experts.group import ExpertGroup
 from pimoe.runtime.experts.layers import GatedExperts
 from pimoe.runtime.experts.server import METHOD, ExpertGroupHandler
-from pimoe.runtime.links import Call, Endpoint, LinkPool, LinkServer, Reply
+from pimoe.runtime.experts.wire import pack_rows, pack_sums, unpack_sums
+from pimoe.runtime.links import Call, Endpoint, LinkPool, LinkServer, Packed, Reply
 from pimoe.runtime.links.addresses import new_unix_address
-from pimoe.runtime.requests import TensorData
 from pimoe.runtime.routing.plan import ExpertRows
-from pimoe.runtime.tensors import array_to_wire, from_wire, to_wire
+from pimoe.runtime.tensors import to_wire
+from waiting import within_patience
 
 SECRET, NODE = b"secret", "here"
 HIDDEN = 16
@@ -47,11 +48,15 @@ def make_rows(dtype: torch.dtype = torch.float32) -> ExpertRows:
 
 
 def make_call(rows: ExpertRows, layer: int = 4, deadline: float = 1e12, method: str = METHOD) -> Call:
-    arrays = [array_to_wire(rows.offsets), array_to_wire(rows.experts), array_to_wire(rows.weights)]
-    return Call(method, {"layer": layer}, [to_wire(rows.hidden), *arrays], deadline)
+    return Call(method, {}, [], deadline, received(pack_rows(layer, rows)))
 
 
-OpenLink = Callable[[Callable[[Call], Reply]], Awaitable[tuple[RemoteGroup, LinkServer]]]
+def received(packed: Packed) -> Packed:
+    """As it comes out of a link: one buffer, that may be written."""
+    return Packed(packed.meta, (memoryview(bytearray(b"".join(packed.body))),))
+
+
+OpenLink = Callable[[Callable[[Call], Packed | Reply]], Awaitable[tuple[RemoteGroup, LinkServer]]]
 
 
 @pytest.fixture
@@ -59,7 +64,7 @@ async def link() -> AsyncIterator[OpenLink]:
     """Serves a handler on a Unix socket, with a pool linked to it."""
     opened: list[tuple[LinkServer, LinkPool]] = []
 
-    async def open_link(handler: Callable[[Call], Reply]) -> tuple[RemoteGroup, LinkServer]:
+    async def open_link(handler: Callable[[Call], Packed | Reply]) -> tuple[RemoteGroup, LinkServer]:
         server = LinkServer(handler, SECRET, credits=2)
         address = await server.listen_unix(new_unix_address())
 
@@ -86,6 +91,9 @@ async def test_over_a_link_a_group_gives_the_bits_that_it_gives_in_process(
     over_link = await remote.run(4, rows, time.monotonic() + 60)
     assert over_link.dtype is torch.float32
     assert torch.equal(over_link, await LocalGroup(make_group(dtype)).run(4, rows, time.monotonic() + 60))
+    assert torch.equal(over_link, await started(remote, rows, time.monotonic() + 60))
+    assert remote.computed_s is not None
+    assert remote.computed_s > 0
     over_link.add_(1)  # the memory is the caller's to use up
 
 
@@ -94,6 +102,8 @@ async def test_rows_that_do_not_fit_come_back_as_the_same_error(link: OpenLink) 
     remote, _ = await link(ExpertGroupHandler(group))
     with pytest.raises(InvalidTensorError, match=r"layer 0 has no experts; these have: \[4\]"):
         await remote.run(0, make_rows(), time.monotonic() + 60)
+    with pytest.raises(InvalidTensorError, match=r"layer 0 has no experts"):
+        await started(remote, make_rows(), time.monotonic() + 60, layer=0)
     rows = make_rows()
     spoiled = ExpertRows(rows.hidden, rows.offsets, rows.experts + 1, rows.weights)
     with pytest.raises(InvalidTensorError, match="do not fit a group of 3 experts"):
@@ -105,15 +115,35 @@ async def test_rows_that_do_not_fit_come_back_as_the_same_error(link: OpenLink) 
     "answer",
     [
         Reply({}, []),
-        Reply({}, [to_wire(torch.zeros(1, HIDDEN))]),
-        Reply({}, [to_wire(torch.zeros(2, HIDDEN))] * 2),
+        Packed(b""),
+        Packed(pack_sums(torch.zeros(2, HIDDEN), 0.0).meta),
+        Packed(b"\x09" + pack_sums(torch.zeros(2, HIDDEN), 0.0).meta[1:], (bytes(2 * 4 * HIDDEN),)),
+        pack_sums(torch.zeros(1, HIDDEN), 0.0),
+        pack_sums(torch.zeros(2, HIDDEN, dtype=torch.bfloat16), 0.0),
     ],
-    ids=["none", "another shape", "two"],
+    ids=["not packed", "nothing", "no body", "another version", "another shape", "another dtype"],
 )
-async def test_an_answer_that_does_not_fit_is_refused(link: OpenLink, answer: Reply) -> None:
+async def test_an_answer_that_does_not_fit_is_refused(link: OpenLink, answer: Packed | Reply) -> None:
     remote, _ = await link(lambda _: answer)
-    with pytest.raises(LinkProtocolError, match="group-0 answered with other tensors"):
+    with pytest.raises(LinkProtocolError, match="answer"):
         await remote.run(4, make_rows(), time.monotonic() + 60)
+    with pytest.raises(LinkProtocolError, match="answer"):
+        await started(remote, make_rows(), time.monotonic() + 60)
+    assert remote.pool.statistics().in_flight == 0
+
+
+async def started(remote: RemoteGroup, rows: ExpertRows, deadline: float, layer: int = 4) -> torch.Tensor:
+    """What `send` tells."""
+    told: asyncio.Future[torch.Tensor] = asyncio.get_running_loop().create_future()
+
+    def done(outcome: torch.Tensor | BaseException) -> None:
+        if isinstance(outcome, BaseException):
+            told.set_exception(outcome)
+        else:
+            told.set_result(outcome)
+
+    remote.send(layer, rows, deadline, done)
+    return await within_patience(told)
 
 
 async def test_a_late_dispatch_fails_at_once(link: OpenLink) -> None:
@@ -121,6 +151,8 @@ async def test_a_late_dispatch_fails_at_once(link: OpenLink) -> None:
     remote, server = await link(ExpertGroupHandler(group))
     with pytest.raises(DeadlineExceededError):
         await remote.run(4, make_rows(), time.monotonic() - 1)
+    with pytest.raises(DeadlineExceededError):
+        await started(remote, make_rows(), time.monotonic() - 1)
     with pytest.raises(DeadlineExceededError):
         await LocalGroup(group).run(4, make_rows(), time.monotonic() - 1)
     assert group.statistics().batches == 0
@@ -136,31 +168,20 @@ def test_the_handler_spends_nothing_on_a_call_whose_time_ran_out() -> None:
 
 def test_the_handler_answers_at_once_with_one_float32_row_per_token() -> None:
     group, rows = make_group(), make_rows()
-    reply = ExpertGroupHandler(group)(make_call(rows))
-    (tensor,) = reply.tensors
-    assert (tensor.dtype, tensor.shape) == ("float32", (2, HIDDEN))
-    assert torch.equal(from_wire(tensor), make_group().forward(4, rows))
+    answer = received(ExpertGroupHandler(group)(make_call(rows)))
+    sums, computed_s = unpack_sums(answer, rows.hidden)
+    assert torch.equal(sums, make_group().forward(4, rows))
+    assert computed_s > 0
 
 
 @pytest.mark.parametrize(
     "call",
-    [
-        make_call(make_rows(), method="infer"),
-        Call(METHOD, {"layer": 4}, make_call(make_rows()).tensors[:3], 1e12),
-        Call(METHOD, {"layer": 4}, [], 1e12),
-    ],
-    ids=["method", "three tensors", "none"],
+    [make_call(make_rows(), method="infer"), Call(METHOD, {"layer": 4}, [to_wire(make_rows().hidden)], 1e12)],
+    ids=["method", "not packed"],
 )
 def test_other_calls_are_refused(call: Call) -> None:
-    with pytest.raises(InvalidRequestError, match="answers 'experts' with 4 tensors"):
+    with pytest.raises(InvalidRequestError, match="answers packed calls of 'experts'"):
         ExpertGroupHandler(make_group())(call)
-
-
-def test_tensors_of_other_dtypes_are_refused() -> None:
-    hidden, offsets, experts, weights = make_call(make_rows()).tensors
-    for tensors in ([hidden, offsets, weights, experts], [hidden, hidden, experts, weights]):
-        with pytest.raises(PimoeError):
-            ExpertGroupHandler(make_group())(Call(METHOD, {"layer": 4}, tensors, 1e12))
 
 
 def test_a_group_describes_itself_in_plain_values() -> None:
@@ -172,14 +193,3 @@ def test_a_group_describes_itself_in_plain_values() -> None:
         "weights_bytes": group.weights_bytes,
         "statistics": {"batches": 1, "rows": 2, "pairs": 3, "busy_s": group.statistics().busy_s},
     }
-
-
-def test_the_wire_carries_bytes_without_copying() -> None:
-    """A dispatch of 1 MB would otherwise be copied four times on its way."""
-    rows = make_rows()
-    assert np.shares_memory(np.frombuffer(to_wire(rows.hidden).data, np.uint8), rows.hidden.numpy())
-    assert np.shares_memory(np.frombuffer(array_to_wire(rows.weights).data, np.uint8), rows.weights)
-    received = bytearray(bytes(to_wire(rows.hidden).data))
-    tensor = from_wire(TensorData("float32", (2, HIDDEN), received))
-    received[:4] = np.float32(42).tobytes()
-    assert tensor[0, 0] == 42

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
 from ..errors import DeadlineExceededError, LinkProtocolError
-from ..links import LinkPool
+from ..links import LinkPool, Packed, SentCall
 from ..routing.plan import ExpertRows
-from ..tensors import array_to_wire, from_wire, to_wire
 from .group import ExpertGroup
-from .server import COMPUTED_S, METHOD
+from .server import METHOD
+from .wire import pack_rows, unpack_sums
+
+Done = Callable[[Tensor | BaseException], None]
 
 
 class RemoteGroup:
@@ -33,17 +37,31 @@ class RemoteGroup:
 
     async def run(self, layer: int, rows: ExpertRows, deadline: float) -> Tensor:
         """See `GroupBackend`."""
-        tensors = [
-            to_wire(rows.hidden),
-            array_to_wire(rows.offsets),
-            array_to_wire(rows.experts),
-            array_to_wire(rows.weights),
-        ]
-        reply = await self.pool.call(METHOD, {"layer": layer}, tensors, deadline)
-        if len(reply.tensors) != 1 or reply.tensors[0].shape != tuple(rows.hidden.shape):
-            raise LinkProtocolError(f"{self.pool.name} answered with other tensors than were asked for")
-        self._computed_s += reply.meta.get(COMPUTED_S, 0.0)
-        return from_wire(reply.tensors[0], rows.hidden.device)
+        return self._sums(await self.pool.call_packed(METHOD, pack_rows(layer, rows), deadline), rows.hidden)
+
+    def send(self, layer: int, rows: ExpertRows, deadline: float, done: Done) -> SentCall:
+        """See `SendingBackend`."""
+        answered = partial(self._answered, rows.hidden, done)
+        return self.pool.send(METHOD, pack_rows(layer, rows), deadline, answered)
+
+    def _answered(self, asked: Tensor, done: Done, outcome: Packed | BaseException) -> None:
+        if isinstance(outcome, BaseException):
+            done(outcome)
+            return
+        try:
+            sums = self._sums(outcome, asked)
+        except LinkProtocolError as error:
+            done(error)
+        else:
+            done(sums)
+
+    def _sums(self, answer: Packed, asked: Tensor) -> Tensor:
+        try:
+            sums, computed_s = unpack_sums(answer, asked)
+        except LinkProtocolError as error:
+            raise LinkProtocolError(f"{self.pool.name}: {error}") from error
+        self._computed_s += computed_s
+        return sums
 
 
 class LocalGroup:

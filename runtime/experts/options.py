@@ -29,7 +29,7 @@ class ExpertOptions:
     def __post_init__(self) -> None:
         if self.quantization is not None and self.quantization not in get_args(Quantization):
             raise ConfigurationError(
-                f"expert_quantization must be one of {get_args(Quantization)} or nothing, is {self.quantization!r}",
+                f"expert_quantization must be one of {get_args(Quantization)} or None, is {self.quantization!r}",
                 "expert_quantization",
             )
 

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import time
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from ..errors import DeadlineExceededError, InvalidRequestError
-from ..links import Call, Reply
-from ..routing.plan import ExpertRows, Float32, Int32
-from ..tensors import array_from_wire, from_wire, to_wire
+from ..links import Call, Packed
 from .group import ExpertGroup
+from .wire import pack_sums, unpack_rows
 
 METHOD = "experts"
-COMPUTED_S = "s"  # in the answer's meta: seconds of computing
 
 
 class ExpertGroupHandler:
-    """Answers calls of method "experts": meta `{"layer"}`, tensors hidden, offsets, experts, weights.
+    """Answers packed calls of method "experts"; see `wire`.
 
     Computes on the event loop's own thread: a link server of a group has a thread of its own, and a hop to
     another one would cost more than most decode batches.
@@ -28,27 +26,21 @@ class ExpertGroupHandler:
         self.group = group
         self.device = torch.device(device)
 
-    def __call__(self, call: Call) -> Reply:
+    def __call__(self, call: Call) -> Packed:
         """See `LinkServer`.
 
         Raises:
             InvalidRequestError, InvalidTensorError: the call does not fit the group.
             DeadlineExceededError: its time ran out while others were computed; nothing is spent on it.
         """
-        if call.method != METHOD or len(call.tensors) != 4:
-            raise InvalidRequestError(f"an expert group answers {METHOD!r} with 4 tensors, not {call.method!r}")
-        if time.monotonic() >= call.deadline:
-            raise DeadlineExceededError("the dispatch came too late")
-        hidden, offsets, experts, weights = call.tensors
-        rows = ExpertRows(
-            from_wire(hidden, self.device),
-            cast(Int32, array_from_wire(offsets)),
-            cast(Int32, array_from_wire(experts)),
-            cast(Float32, array_from_wire(weights)),
-        )
+        if call.method != METHOD or call.packed is None:
+            raise InvalidRequestError(f"an expert group answers packed calls of {METHOD!r}, not {call.method!r}")
         started = time.monotonic()
-        sums = self.group.forward(int(call.meta["layer"]), rows)
-        return Reply({COMPUTED_S: time.monotonic() - started}, [to_wire(sums)])
+        if started >= call.deadline:
+            raise DeadlineExceededError("the dispatch came too late")
+        layer, rows = unpack_rows(call.packed, self.device)
+        sums = self.group.forward(layer, rows)
+        return pack_sums(sums, time.monotonic() - started)
 
     def describe(self) -> dict[str, Any]:
         """What discovery tells routers and the status page of this group."""

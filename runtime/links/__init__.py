@@ -8,8 +8,20 @@ of experts, routers, torch or Ray.
 from .addresses import Endpoint, choose_address
 from .client import LinkClient
 from .connection import LinkLimits
-from .messages import Call, Reply
+from .messages import Call, Packed, Reply
 from .pool import LinkPool
+from .sent import SentCall
 from .server import LinkServer
 
-__all__ = ["Call", "Endpoint", "LinkClient", "LinkLimits", "LinkPool", "LinkServer", "Reply", "choose_address"]
+__all__ = [
+    "Call",
+    "Endpoint",
+    "LinkClient",
+    "LinkLimits",
+    "LinkPool",
+    "LinkServer",
+    "Packed",
+    "Reply",
+    "SentCall",
+    "choose_address",
+]

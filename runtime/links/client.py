@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl as tls
 from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import partial
 from typing import Any
 
 from ..errors import (
@@ -22,8 +23,9 @@ from ..requests import TensorData
 from .addresses import split_tcp
 from .authentication import new_nonce, prove, verify
 from .connection import LinkConnection, LinkLimits
-from .frames import Frame, Kind
-from .messages import Reply
+from .frames import Frame, Kind, pack_call
+from .messages import Packed, Reply
+from .pending import Answered, PendingCalls, settle, settle_packed
 
 _STREAM_IDS = 2**32
 
@@ -51,7 +53,7 @@ class LinkClient:
         self._welcomed: asyncio.Future[None] = self._loop.create_future()
         # A link that is lost while `connect` is cancelled leaves nobody to look at the reason.
         self._welcomed.add_done_callback(lambda welcomed: welcomed.cancelled() or welcomed.exception())
-        self._calls: dict[int, asyncio.Future[Reply]] = {}
+        self._calls = PendingCalls(self._loop, self._cancel)
         self._streams: dict[int, asyncio.Queue[Reply | PimoeError | None]] = {}
         self._next_stream = 1
         self._ping_timer: asyncio.TimerHandle | None = None
@@ -100,6 +102,11 @@ class LinkClient:
         return self._connection.closed
 
     @property
+    def writable(self) -> bool:
+        """Whether a call would be sent at once, and not wait for the server to read."""
+        return self._connection.writable
+
+    @property
     def received(self) -> int:
         """How often anything at all came in; unchanged over a time, the server was silent for it."""
         return self._connection.received
@@ -123,17 +130,52 @@ class LinkClient:
         """
         deadline = self._loop.time() + timeout_s
         await self._ready(method, deadline)
-        stream = self._new_stream()
         answer: asyncio.Future[Reply] = self._loop.create_future()
-        self._calls[stream] = answer
-        timer = self._loop.call_at(deadline, self._expire, answer, method)
+        stream = self._new_stream()
+        self._calls.add(stream, method, deadline, partial(settle, answer))
         try:
             self._request(stream, method, meta, tensors, deadline)
             return await answer
         finally:
-            timer.cancel()
-            if self._calls.pop(stream, None) is not None:
-                self._cancel(stream)
+            self.cancel(stream)
+
+    async def call_packed(self, method: str, packed: Packed, timeout_s: float) -> Packed:
+        """As `call`, with a packed request and answer.
+
+        Raises: as `call`.
+        """
+        deadline = self._loop.time() + timeout_s
+        await self._ready(method, deadline)
+        answer: asyncio.Future[Packed] = self._loop.create_future()
+        stream = self.send(method, packed, deadline, partial(settle_packed, answer))
+        try:
+            return await answer
+        finally:
+            self.cancel(stream)
+
+    def send(self, method: str, packed: Packed, deadline: float, answered: Answered) -> int:
+        """Send a packed call at once and return; `answered` is told its answer or error, once, unless the call is
+        cancelled before.
+
+        Args:
+            deadline: on `loop.time()`.
+
+        Returns:
+            What `cancel` takes.
+
+        Raises:
+            LinkClosedError, UnavailableError, PayloadTooLargeError: as `call`; it was not sent.
+        """
+        stream = self._new_stream()
+        meta = pack_call(deadline - self._loop.time(), method.encode("ascii"), packed.meta)
+        self._connection.send_packed(Kind.PACKED_REQUEST, stream, Packed(meta, packed.body))
+        self._calls.add(stream, method, deadline, answered)
+        return stream
+
+    def cancel(self, stream: int) -> None:
+        """Give a call up, if it was not answered yet: nobody is told, and the server stops."""
+        if self._calls.forget(stream):
+            self._cancel(stream)
 
     async def stream(
         self, method: str, meta: dict[str, Any], tensors: Sequence[TensorData], timeout_s: float
@@ -194,10 +236,6 @@ class LinkClient:
         self._next_stream = self._next_stream % (_STREAM_IDS - 1) + 1
         return stream
 
-    def _expire(self, answer: asyncio.Future[Reply], method: str) -> None:
-        if not answer.done():
-            answer.set_exception(DeadlineExceededError(f"{method} was not answered within its time"))
-
     def _cancel(self, stream: int) -> None:
         if not self.closed:
             self._connection.send(Kind.CANCEL, stream)
@@ -206,7 +244,7 @@ class LinkClient:
         kind, stream = frame.kind, frame.stream
         if not self._welcomed.done() and kind not in (Kind.HELLO, Kind.WELCOME):
             raise LinkProtocolError(f"a server must not send {kind.name} before it is known")
-        if kind is Kind.RESPONSE or kind is Kind.ERROR:
+        if kind is Kind.PACKED_RESPONSE or kind is Kind.RESPONSE or kind is Kind.ERROR:
             self._answered(stream, frame)
         elif kind is Kind.ITEM:
             self._item(stream, Reply(frame.header.get("h") or {}, frame.tensors))
@@ -225,15 +263,10 @@ class LinkClient:
 
     def _answered(self, stream: int, frame: Frame) -> None:
         error = from_wire(frame.header) if frame.kind is Kind.ERROR else None
-        if (answer := self._calls.pop(stream, None)) is not None:
-            if answer.done():
-                return
-            if error is not None:
-                answer.set_exception(error)
-            else:
-                answer.set_result(Reply(frame.header.get("h") or {}, frame.tensors))
-        elif (items := self._streams.pop(stream, None)) is not None:
-            items.put_nowait(error)
+        if stream in self._streams:
+            self._streams.pop(stream).put_nowait(error)
+        else:
+            self._calls.answer(stream, error or frame.packed or Reply(frame.header.get("h") or {}, frame.tensors))
 
     def _item(self, stream: int, reply: Reply) -> None:
         if (items := self._streams.get(stream)) is None:
@@ -272,12 +305,9 @@ class LinkClient:
             if self._server_nonce is not None and (error is None or isinstance(error, LinkClosedError)):
                 reason = LinkAuthenticationError(f"{self.address} hung up at our proof: another link secret?")
             self._welcomed.set_exception(reason)
-        for answer in list(self._calls.values()):
-            if not answer.done():
-                answer.set_exception(reason)
+        self._calls.fail_all(reason)
         for items in list(self._streams.values()):
             items.put_nowait(reason)
-        self._calls.clear()
         self._streams.clear()
         self.on_closed()
 

@@ -4,9 +4,23 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..requests import TensorData
+
+
+class Packed(NamedTuple):
+    """A call, or its answer, whose layout is its method's own: for what is sent thousands of times a second, and
+    for which reading maps and describing tensors would take longer than sending.
+
+    Attributes:
+        meta: of a length that the method knows, and with the version of its layout.
+        body: flat buffers of bytes, written one after the other; of one that was received, a single buffer of
+            memory of its own.
+    """
+
+    meta: bytes
+    body: Sequence[bytes | bytearray | memoryview] = ()
 
 
 @dataclass(slots=True)
@@ -15,12 +29,14 @@ class Call:
 
     Attributes:
         deadline: on the handler's own event loop clock (`loop.time()`).
+        packed: instead of `meta` and `tensors`, where the caller packed them itself.
     """
 
     method: str
     meta: dict[str, Any]
     tensors: list[TensorData]
     deadline: float
+    packed: Packed | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,5 +47,6 @@ class Reply:
     tensors: Sequence[TensorData] = ()
 
 
-# A handler answers at once, later, or with a stream. Answering at once costs no task.
-Handler = Callable[[Call], Reply | Awaitable[Reply] | AsyncIterator[Reply]]
+# A handler answers at once, later, or with a stream. Answering at once costs no task. A packed call has a packed
+# answer.
+Handler = Callable[[Call], Reply | Packed | Awaitable[Reply | Packed] | AsyncIterator[Reply]]

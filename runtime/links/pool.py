@@ -8,11 +8,12 @@ import logging
 import ssl as tls
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ..errors import (
     DeadlineExceededError,
     LinkError,
+    PimoeError,
     RequestCancelledError,
     UnavailableError,
 )
@@ -20,7 +21,8 @@ from ..requests import TensorData
 from .addresses import Endpoint, choose_address
 from .client import LinkClient
 from .connection import LinkLimits
-from .messages import Reply
+from .messages import Packed, Reply
+from .sent import SentCall
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +30,7 @@ _log = logging.getLogger(__name__)
 MAX_LOST_REPLICAS = 4
 
 Discover = Callable[[], Awaitable[Sequence[Endpoint]]]
+R = TypeVar("R")
 
 
 class PoolStatistics(NamedTuple):
@@ -73,6 +76,10 @@ class PooledLink:
         self._received_when_silent = self.client.received
 
 
+def _nobody() -> None:
+    """What nobody wants to be told."""
+
+
 class LinkPool:
     """Keeps one link to every replica that `discover` names: asks about once a second, and at once when a link
     breaks, so that a dead replica's work moves to a sibling immediately and to its successor once that is up.
@@ -99,7 +106,7 @@ class LinkPool:
         self.endpoints: dict[str, Endpoint] = {}
         self.links: dict[str, PooledLink] = {}
         self.resent = 0
-        self.on_change: Callable[[], None] = lambda: None
+        self.on_change: Callable[[], None] = _nobody
         self._discover = discover
         self._secret, self._node_id, self._limits, self._ssl = secret, node_id, limits or LinkLimits(), ssl
         self._refresh_s, self._attempt_timeout_s = refresh_s, attempt_timeout_s
@@ -154,12 +161,11 @@ class LinkPool:
             DeadlineExceededError: replicas live, but none had a credit in time.
         """
         link = await self._choose(deadline)
-        link.in_flight += 1
+        self.take(link)
         try:
             yield link
         finally:
-            link.in_flight -= 1
-            self._notify()
+            self.release(link)
 
     async def call(
         self, method: str, meta: dict[str, Any], tensors: Sequence[TensorData], deadline: float
@@ -173,33 +179,90 @@ class LinkPool:
             DeadlineExceededError: the time ran out with a replica at work.
             PimoeError: what the handler raised.
         """
+        return await self._call_any(lambda client, s: client.call(method, meta, tensors, s), deadline, 0)
+
+    async def call_packed(self, method: str, packed: Packed, deadline: float, lost: int = 0) -> Packed:
+        """As `call`, with a packed request and answer.
+
+        Args:
+            lost: replicas that were lost with the call on them before.
+
+        Raises: as `call`.
+        """
+        return await self._call_any(lambda client, s: client.call_packed(method, packed, s), deadline, lost)
+
+    def send(
+        self, method: str, packed: Packed, deadline: float, done: Callable[[Packed | BaseException], None]
+    ) -> SentCall:
+        """As `call_packed`, but it is on its way when this returns, and `done` is told the outcome."""
+        return SentCall(self, method, packed, deadline, done)
+
+    async def _call_any(
+        self, attempt: Callable[[LinkClient, float], Awaitable[R]], deadline: float, lost: int
+    ) -> R:
         loop = asyncio.get_running_loop()
-        lost = 0
         while True:
-            async with self.acquire(deadline) as link:
-                remaining_s = deadline - loop.time()
-                attempt_s = min(remaining_s, self._attempt_timeout_s)
-                try:
-                    return await link.client.call(method, meta, tensors, attempt_s)
-                except LinkError as error:
-                    if not link.client.closed:
-                        raise  # the handler's, or this end's: the link itself is well
-                    _log.warning("%s: replica %s lost (%s)", self.name, link.endpoint.replica_id, error)
-                    lost += 1
-                    if lost == MAX_LOST_REPLICAS:
-                        raise UnavailableError(
-                            f"{self.name}: {lost} replicas were lost with this call on them"
-                        ) from error
-                except (UnavailableError, RequestCancelledError):
-                    if not link.client.draining:
-                        raise  # it speaks of others behind it
-                    _log.info("%s: replica %s drains", self.name, link.endpoint.replica_id)
-                except DeadlineExceededError:
-                    if attempt_s >= remaining_s or deadline <= loop.time():
-                        raise
-                    _log.warning("%s: replica %s is silent", self.name, link.endpoint.replica_id)
-                    link.left_unanswered()
-                self.resent += 1
+            link = self.free_link() or await self._choose(deadline)
+            self.take(link)
+            remaining_s = deadline - loop.time()
+            attempt_s = min(remaining_s, self._attempt_timeout_s)
+            try:
+                return await attempt(link.client, attempt_s)
+            except PimoeError as error:
+                if not self.excuses(link, error, attempt_s >= remaining_s or deadline <= loop.time()):
+                    raise
+                lost = self.count_lost(link, error, lost)
+            finally:
+                self.release(link)
+
+    def excuses(self, link: PooledLink, error: PimoeError, is_last: bool) -> bool:
+        """Whether another replica may do better than the one behind `link`, which answered with `error`.
+
+        Args:
+            is_last: no time is left for another attempt.
+        """
+        replica = link.endpoint.replica_id
+        if isinstance(error, LinkError):
+            if not link.client.closed:
+                return False  # the handler's, or this end's: the link itself is well
+            _log.warning("%s: replica %s lost (%s)", self.name, replica, error)
+            return True
+        if isinstance(error, UnavailableError | RequestCancelledError):
+            if not link.client.draining:
+                return False  # it speaks of others behind it
+            _log.info("%s: replica %s drains", self.name, replica)
+            return True
+        if not isinstance(error, DeadlineExceededError) or is_last:
+            return False
+        _log.warning("%s: replica %s is silent", self.name, replica)
+        link.left_unanswered()
+        return True
+
+    def count_lost(self, link: PooledLink, error: PimoeError, lost: int) -> int:
+        """The replicas lost so far with a call on them that is about to be sent again.
+
+        Raises:
+            UnavailableError: they are too many.
+        """
+        lost += isinstance(error, LinkError)
+        if lost == MAX_LOST_REPLICAS:
+            raise UnavailableError(f"{self.name}: {lost} replicas were lost with this call on them") from error
+        self.resent += 1
+        return lost
+
+    def attempt_deadline(self, deadline: float) -> float | None:
+        """Until when one replica may take for a call; None when no time is left."""
+        now = asyncio.get_running_loop().time()
+        return min(deadline, now + self._attempt_timeout_s) if now < deadline else None
+
+    def take(self, link: PooledLink) -> None:
+        """One more call is on `link`."""
+        link.in_flight += 1
+
+    def release(self, link: PooledLink) -> None:
+        """A call on `link` has ended."""
+        link.in_flight -= 1
+        self._notify()
 
     def forget(self, link: PooledLink) -> None:
         """Give up a link that is broken, or whose replica talks nonsense, and look for replicas at once."""
@@ -209,12 +272,19 @@ class LinkPool:
         self._wake.set()
         self._notify()
 
+    def free_link(self) -> PooledLink | None:
+        """The least busy replica that may be sent a call now."""
+        if len(self.links) == 1:
+            (link,) = self.links.values()
+            return link if link.available else None
+        available = [link for link in self.links.values() if link.available]
+        return min(available, key=lambda link: (link.silent, link.in_flight), default=None)
+
     async def _choose(self, deadline: float) -> PooledLink:
         loop = asyncio.get_running_loop()
         while not self._closed:
-            available = [link for link in self.links.values() if link.available]
-            if available:
-                return min(available, key=lambda link: (link.silent, link.in_flight))
+            if (link := self.free_link()) is not None:
+                return link
             self._changed.clear()
             try:
                 async with asyncio.timeout_at(deadline):
@@ -230,7 +300,10 @@ class LinkPool:
 
     def _notify(self) -> None:
         self._changed.set()
-        asyncio.get_running_loop().call_soon(self.on_change)  # what it raises must not reach calls or discovery
+        if self.on_change is not _nobody:
+            asyncio.get_running_loop().call_soon(
+                self.on_change
+            )  # what it raises must not reach calls or discovery
 
     async def _keep_refreshing(self) -> None:
         while True:

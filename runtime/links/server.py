@@ -24,10 +24,11 @@ from ..requests import TensorData
 from .addresses import remove_unix_address
 from .authentication import new_nonce, prove, verify
 from .connection import LinkConnection, LinkLimits
-from .frames import Frame, Kind
-from .messages import Call, Handler, Reply
+from .frames import Frame, Kind, unpack_call
+from .messages import Call, Handler, Packed, Reply
 
 _log = logging.getLogger(__name__)
+_AT_ONCE = (Reply, Packed)
 
 
 class LinkServerStatistics(NamedTuple):
@@ -139,6 +140,15 @@ class _Peer:
         if not self.connection.closed:
             self.connection.send(kind, stream, header, tensors)
 
+    def respond(self, stream: int, answer: Reply | Packed) -> None:
+        """Send a call's answer, or the end of its items; as `send`."""
+        if self.connection.closed:
+            return
+        if isinstance(answer, Packed):
+            self.connection.send_packed(Kind.PACKED_RESPONSE, stream, answer)
+        else:
+            self.connection.send(Kind.RESPONSE, stream, {"h": answer.meta}, answer.tensors)
+
     def _opened(self, connection: LinkConnection) -> None:
         self.peers.add(self)
         if self.server.closing or len(self.peers) > self.server.limits.max_connections:
@@ -163,8 +173,8 @@ class _Peer:
     def _received(self, frame: Frame) -> None:
         if not self.authenticated:
             self._authenticate(frame)
-        elif frame.kind is Kind.REQUEST:
-            self._start(frame)
+        elif frame.kind is Kind.PACKED_REQUEST or frame.kind is Kind.REQUEST:
+            self._start(frame.stream, self._call_of(frame))
         elif frame.kind is Kind.CANCEL:
             if (task := self.tasks.get(frame.stream)) is not None:
                 task.cancel()
@@ -192,22 +202,29 @@ class _Peer:
         if self.server.draining:
             self.connection.send(Kind.GOAWAY, 0)
 
-    def _start(self, frame: Frame) -> None:
-        stream, header = frame.stream, frame.header
-        if stream in self.tasks:
-            raise LinkProtocolError(f"stream {stream} is already open")
-        remaining_s = float(header["s"])
+    def _call_of(self, frame: Frame) -> Call:
+        packed, header = frame.packed, frame.header
+        if packed is not None:
+            remaining_s, method, meta = unpack_call(packed.meta)
+            call = Call(method, {}, [], self.loop.time() + remaining_s, Packed(meta, packed.body))
+        else:
+            remaining_s = float(header["s"])
+            call = Call(header["m"], header.get("h") or {}, frame.tensors, self.loop.time() + remaining_s)
         if math.isnan(remaining_s):
             raise LinkProtocolError("a call's remaining time is no number")
+        return call
+
+    def _start(self, stream: int, call: Call) -> None:
+        if stream in self.tasks:
+            raise LinkProtocolError(f"stream {stream} is already open")
         self.server.calls += 1
-        call = Call(header["m"], header.get("h") or {}, frame.tensors, self.loop.time() + remaining_s)
         if len(self.tasks) >= self.server.limits.max_streams:
             self._fail(stream, OverloadedError("too many calls in flight on this link", retry_after_s=1.0))
             return
         try:
             answer = self.server.handler(call)
-            if isinstance(answer, Reply):
-                self.send(Kind.RESPONSE, stream, {"h": answer.meta}, answer.tensors)
+            if isinstance(answer, _AT_ONCE):
+                self.respond(stream, answer)
                 return
         except Exception as error:  # whatever a handler does is the call's outcome, never the link's
             self._fail(stream, error)
@@ -228,7 +245,7 @@ class _Peer:
                     reply = await self._send_items(stream, answer)
                 else:
                     reply = await answer
-            self.send(Kind.RESPONSE, stream, {"h": reply.meta}, reply.tensors)
+            self.respond(stream, reply)
         except asyncio.CancelledError:
             self._fail(stream, RequestCancelledError("the call was cancelled"))
             raise

@@ -13,9 +13,9 @@ from ..native.kernels import PackedLinear
 class Linear:
     """`rows @ weight.T + bias`.
 
-    Where native kernels are the fastest, they compute it. Elsewhere, on a CPU with bfloat16 instructions, the weight
-    is reordered once for oneDNN: the same numbers bit for bit, and for the few rows of a decode step 1.8 to 2.7
-    times faster than from the plain layout.
+    Where native kernels are the fastest, they compute it. Elsewhere, on a CPU with bfloat16 instructions, the
+    weight is reordered once for oneDNN: the same numbers bit for bit, and for the few rows of a decode step 1.8 to
+    2.7 times faster than from the plain layout.
 
     Args:
         weight: `[out, in]`; do not keep it, or it stays in memory twice.

@@ -1,7 +1,7 @@
 """The trunk's kernels: norms, attention over the paged cache with what lies around it, the gate.
 
-Every row is computed on its own: its bits depend neither on the rows beside it, nor on which of a sequence's tokens
-come in one forward.
+Every row is computed on its own: its bits depend neither on the rows beside it, nor on which of a sequence's
+tokens come in one forward.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def add(hidden: Tensor, sums: Tensor) -> Tensor:
 
 
 class PackedGate:
-    """Softmax over all experts, then the `top_k` largest, of equal ones the first; the options of `TopKSoftmax`."""
+    """Softmax over all experts, then the `top_k` largest, of equal ones the first; options as in `TopKSoftmax`."""
 
     def __init__(self, weight: Tensor, top_k: int, renormalize: bool, round_weights: bool) -> None:
         self._matrix = PackedLinear(weight).matrix
@@ -176,7 +176,7 @@ class PackedAttention:
         )
 
     def project(self, hidden: Tensor, places: TokenPlaces, cache: int) -> Tensor:
-        """`[tokens, hidden]`, contiguous, -> queries `[tokens, heads * head_dim]`; keys and values go to the cache.
+        """Contiguous `[tokens, hidden]` -> queries `[tokens, heads * head_dim]`; keys and values go to the cache.
 
         Args:
             cache: address of the layer's rows.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -36,6 +38,25 @@ class GroupBackend(Protocol):
             UnavailableError: no replica lived until the deadline.
             DeadlineExceededError: the time ran out.
         """
+        ...
+
+
+class Sent(Protocol):
+    """A dispatch under way."""
+
+    def cancel(self) -> asyncio.Task[None] | None:
+        """Give it up; what is returned ends when it has."""
+        ...
+
+
+@runtime_checkable
+class SendingBackend(GroupBackend, Protocol):
+    """A group whose answers need nobody to wait for each of them: a dispatch to several then costs no tasks."""
+
+    def send(
+        self, layer: int, rows: ExpertRows, deadline: float, done: Callable[[Tensor | BaseException], None]
+    ) -> Sent:
+        """As `run`, but under way when this returns; `done` is told the outcome, later, unless it is cancelled."""
         ...
 
 
@@ -85,6 +106,8 @@ class Dispatcher:
         self._group_rows = [0] * len(groups)
         self._group_pairs = [np.zeros(len(experts), np.int64) for experts in placement.groups]
         self._waiting_s = 0.0
+        sending = [group for group in groups if isinstance(group, SendingBackend)]
+        self._sending = sending if len(sending) == len(groups) else None
 
     def parallelism(self) -> int:
         """How many dispatches are computed at once: replicas of the group that has fewest."""
@@ -110,9 +133,12 @@ class Dispatcher:
         """As `run`, with what it cost."""
         plans = plan_dispatch(routing, self.placement)
         largest = self._count(plans)
-        calls = [self.groups[plan.group].run(layer, plan.take(hidden), deadline) for plan in plans]
         started = time.monotonic()
-        partials = await gather_or_cancel(calls)
+        if self._sending is None:
+            calls = [self.groups[plan.group].run(layer, plan.take(hidden), deadline) for plan in plans]
+            partials = await gather_or_cancel(calls)
+        else:
+            partials = await _send_all(self._sending, layer, hidden, plans, deadline)
         waited_s = time.monotonic() - started
         self._waiting_s += waited_s
         with torch.inference_mode():
@@ -136,6 +162,46 @@ class Dispatcher:
             for expert, count in zip(experts, counts.tolist(), strict=True):
                 pairs[expert] = count
         return DispatchStatistics(self._dispatches, tuple(self._group_rows), tuple(pairs), self._waiting_s)
+
+
+class _Answers:
+    """One future for the answers of all groups."""
+
+    def __init__(self, count: int) -> None:
+        self.all: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.partials: list[Tensor | None] = [None] * count
+        self._missing = count
+
+    def put(self, index: int, outcome: Tensor | BaseException) -> None:
+        """What came from one of them."""
+        if self.all.done():
+            return
+        if isinstance(outcome, BaseException):
+            self.all.set_exception(outcome)
+            return
+        self.partials[index] = outcome
+        self._missing -= 1
+        if not self._missing:
+            self.all.set_result(None)  # wakes whoever waits, who combines
+
+
+async def _send_all(
+    groups: Sequence[SendingBackend], layer: int, hidden: Tensor, plans: Sequence[GroupPlan], deadline: float
+) -> list[Tensor]:
+    """As `gather_or_cancel` of their `run`, without tasks."""
+    answers = _Answers(len(plans))
+    sent: list[Sent] = []
+    try:
+        for index, plan in enumerate(plans):
+            done = partial(answers.put, index)
+            sent.append(groups[plan.group].send(layer, plan.take(hidden), deadline, done))
+        if sent:
+            await answers.all
+    except BaseException:
+        tasks = [task for each in sent if (task := each.cancel()) is not None]
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+    return cast(list[Tensor], answers.partials)
 
 
 class BoundDispatch:
