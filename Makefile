@@ -77,7 +77,7 @@ define beside
   > "$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/pimoe.pth"
 @{ $(1)/bin/python -m pip --disable-pip-version-check install --quiet -c $(3) \
     $$($(BIN)/python -c '$(call EXTRA,$(2))') 2> $(1)/pip.log && touch $(1)/.installed; } \
-  || { reason="$$(grep -i error $(1)/pip.log | tail -1)"; rm -rf $(1); echo "skipped: $(2): $$reason"; }
+  || { reason="$$(grep -m1 ERROR $(1)/pip.log)"; rm -rf $(1); echo "skipped: $(2): $$reason"; }
 endef
 
 rivals: $(RIVALS)/.installed $(TRITON)/.installed $(LLAMA)/.installed  ## Install what bench compares with
