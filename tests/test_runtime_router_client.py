@@ -25,7 +25,7 @@ from pimoe.runtime.errors import (
     UnavailableError,
 )
 from pimoe.runtime.generation.limits import EngineLimits
-from pimoe.runtime.links import Call, Endpoint, LinkPool, LinkServer, Reply
+from pimoe.runtime.links import Call, Endpoint, LinkPool, LinkServer, Packed, Reply
 from pimoe.runtime.links.addresses import new_unix_address
 from pimoe.runtime.requests import GenerateRequest, InferRequest, ModelInfo, TokenChunk
 from pimoe.runtime.router.client import RouterClient
@@ -210,6 +210,9 @@ async def test_other_calls_are_refused(served: Served, folder: Path) -> None:
     for method, tensors in (("experts", []), ("infer", []), ("infer", [to_wire(torch.ones(1, 48))] * 2)):
         with pytest.raises(InvalidRequestError, match="a router does not answer"):
             await served.pool.call(method, {}, tensors, asyncio.get_running_loop().time() + 60)
+    for method in ("experts", "generate"):
+        with pytest.raises(InvalidRequestError, match="a router does not answer .* packed"):
+            await served.pool.call_packed(method, Packed(b"", ()), asyncio.get_running_loop().time() + 60)
 
 
 # Leaving.
@@ -389,7 +392,7 @@ async def test_only_the_first_chunk_of_all_tells_of_the_prompt(served: Served, f
 async def test_a_router_that_answers_a_tensor_with_nothing_is_an_error(served: Served, folder: Path) -> None:
     await served.add_handler(lambda _: Reply(), make_router(folder).model)
     await served.pool.start()
-    with pytest.raises(LinkProtocolError, match="0 tensors instead of 1"):
+    with pytest.raises(LinkProtocolError, match="another kind than the call"):
         await served.client.infer(InferRequest("r", to_wire(torch.ones(1, 48))))
 
 

@@ -11,13 +11,13 @@ from dataclasses import replace
 from ..errors import (
     DeadlineExceededError,
     LinkError,
-    LinkProtocolError,
     RequestCancelledError,
     UnavailableError,
 )
 from ..links import LinkPool
 from ..requests import GenerateRequest, InferRequest, InferResult, ModelInfo, TokenChunk
 from .server import GENERATE, INFER
+from .wire import pack_request, unpack_result
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ class RouterClient:
     def __init__(self, pool: LinkPool) -> None:
         self.pool = pool
         self._model: ModelInfo | None = None
+        self._seen: object = None  # what discovery had found when `_model` was made
 
     @property
     def model(self) -> ModelInfo:
@@ -42,6 +43,9 @@ class RouterClient:
         Raises:
             UnavailableError: no router has been seen yet.
         """
+        if self._model is not None and self.pool.endpoints is self._seen:
+            return self._model
+        self._seen = self.pool.endpoints
         wires = [endpoint.info["model"] for endpoint in self.pool.endpoints.values()]
         if wires:
             # Routers may have memory for contexts of different lengths: any of them may get a request.
@@ -55,12 +59,8 @@ class RouterClient:
 
     async def infer(self, request: InferRequest) -> InferResult:
         """See `Backend`."""
-        meta = {"id": request.request_id, "layer": request.layer, "priority": request.priority}
         deadline = time.monotonic() + request.timeout_s
-        reply = await self.pool.call(INFER, meta, [request.hidden_states], deadline)
-        if len(reply.tensors) != 1:
-            raise LinkProtocolError(f"a router answered with {len(reply.tensors)} tensors instead of 1")
-        return InferResult(reply.tensors[0])
+        return unpack_result(await self.pool.call_packed(INFER, pack_request(request), deadline))
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
         """See `Backend`."""
