@@ -9,13 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import orjson
 from pimoe.deployments.cluster import haproxy_is_installed
 
 HIDDEN, TOKENS = 512, 4
 BODY_BYTES = TOKENS * HIDDEN * 4
 HERE = Path(__file__).parent
-JSON_LENGTH = "Inference-Header-Content-Length"
 
 # In front of the environment that runs this, with which they share torch; `make rivals` makes them. Triton has one
 # of its own, since pytriton wants an older numpy.
@@ -40,7 +38,7 @@ class Contender:
         distribution: whose version is named.
         workers, threads: processes that compute, and torch threads in each; pimoe decides that by itself.
         environment: more variables.
-        wrap, unwrap: between tensor bytes and bodies of requests and answers.
+        unwrap: from an answer's body to tensor bytes; a request's body is nothing else for all of them.
         note: how it was set up.
     """
 
@@ -57,7 +55,6 @@ class Contender:
     environment: Mapping[str, str] = field(default_factory=dict)
     path: str = "/infer"
     headers: Mapping[str, str] = field(default_factory=lambda: {"Content-Type": "application/octet-stream"})
-    wrap: Callable[[bytes], bytes] = same
     unwrap: Callable[[bytes], bytes] = same
 
     @property
@@ -111,22 +108,9 @@ class Contender:
         return f"{self.package} cannot be imported: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}"
 
 
-# The same protocol, and the same way for tensor bytes to travel in it, in pimoe and in Triton.
-_TENSOR = {
-    "name": "hidden_states",
-    "datatype": "FP32",
-    "shape": [TOKENS, HIDDEN],
-    "parameters": {"binary_data_size": BODY_BYTES},
-}
-_PIMOE_HEAD = orjson.dumps(
-    {"inputs": [_TENSOR], "outputs": [{"name": "output", "parameters": {"binary_data": True}}]}
-)
-_TRITON_HEAD = orjson.dumps(
-    {
-        "inputs": [{**_TENSOR, "shape": [1, TOKENS, HIDDEN]}],
-        "outputs": [{"name": "output", "parameters": {"binary_data": True}}],
-    }
-)
+# pimoe and Triton speak the same protocol, in which a body may be the bytes of its only tensor. They answer with
+# some JSON, and then the tensor's bytes.
+_RAW = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": "0"}
 
 
 def _after_json(body: bytes) -> bytes:
@@ -162,12 +146,7 @@ def contenders(model_name: str) -> list[Contender]:
             "result cache bypassed by header",
             distribution="pimoe",
             path=f"/v2/models/{model_name}/infer",
-            headers={
-                "Content-Type": "application/octet-stream",
-                JSON_LENGTH: str(len(_PIMOE_HEAD)),
-                "x-pimoe-cache": "false",
-            },
-            wrap=lambda body: _PIMOE_HEAD + body,
+            headers={**_RAW, "x-pimoe-cache": "false"},
             unwrap=_after_json,
         ),
         Contender(
@@ -206,8 +185,7 @@ def contenders(model_name: str) -> list[Contender]:
             # Its Python stub finds libpython by the loader's path, and must find the one of this Python.
             environment={"LD_LIBRARY_PATH": str(sysconfig.get_config_var("LIBDIR"))},
             path="/v2/models/layer/infer",
-            headers={"Content-Type": "application/octet-stream", JSON_LENGTH: str(len(_TRITON_HEAD))},
-            wrap=lambda body: _TRITON_HEAD + body,
+            headers=_RAW,
             unwrap=_after_json,
         ),
         Contender(

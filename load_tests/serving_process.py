@@ -87,7 +87,7 @@ def ask(contender: Contender, port: int, body: bytes, timeout_s: float = 30.0) -
     """
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
     with contextlib.closing(connection):
-        connection.request("POST", contender.path, contender.wrap(body), dict(contender.headers))
+        connection.request("POST", contender.path, body, dict(contender.headers))
         response = connection.getresponse()
         content = response.read()
         if response.status != 200:

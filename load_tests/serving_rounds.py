@@ -112,7 +112,7 @@ def _one_round(
     rates: Sequence[float],
     measured: Measured,
 ) -> None:
-    bodies = [contender.wrap(body) for body in sample.bodies]
+    bodies = sample.bodies
     requests = [request_bytes(contender.path, contender.headers, body) for body in bodies]
     with running(contender, model, sample) as server, tempfile.TemporaryDirectory() as folder:
         run(lambda: check_all(server, requests, sample, max(preset.connections)))
