@@ -211,7 +211,7 @@ async def test_other_calls_are_refused(served: Served, folder: Path) -> None:
         with pytest.raises(InvalidRequestError, match="a router does not answer"):
             await served.pool.call(method, {}, tensors, asyncio.get_running_loop().time() + 60)
     for method in ("experts", "generate"):
-        with pytest.raises(InvalidRequestError, match="a router does not answer .* packed"):
+        with pytest.raises(InvalidRequestError, match=r"a router does not answer .* packed"):
             await served.pool.call_packed(method, Packed(b"", ()), asyncio.get_running_loop().time() + 60)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from .downstream import Downstream
@@ -35,7 +35,7 @@ class Composer(Generic[T]):
         while True:
             head = self._overload.next_head(max_tokens, now)
             if not self.is_backlogged():
-                batch, left = self._queue.peek_batch(max_tokens, partial(self._in_time, now), now, head)
+                batch, left = self._queue.peek_batch(max_tokens, self._in_time(now, max_tokens), now, head)
                 self._overload.calm()
                 return batch, left is not None
             batch, left = self._queue.peek_batch(max_tokens, now=now, head=head)
@@ -115,11 +115,18 @@ class Composer(Generic[T]):
         late = [item for item in batch if item.deadline < ends]
         return [] if len(late) == len(batch) and self._downstream.is_idle else late
 
-    def _in_time(self, now: float, tokens: int, deadline: float) -> bool:
-        """Whether a batch of `tokens`, dispatched now, would be done by its earliest `deadline`."""
-        if tokens <= self.limits.min_batch_tokens or not self._queue.limits.prioritised:
-            return True
-        return self._needed_s(now, tokens) <= deadline - now
+    def _in_time(self, now: float, max_tokens: int) -> Callable[[int, float], bool] | None:
+        """Tells of a batch's tokens and its earliest deadline whether it would be done by then, dispatched now."""
+        if not self._queue.limits.prioritised:
+            return None
+        # Asked for every item: mostly there is time for a full batch, and a smaller one takes no longer.
+        full_s, least = self._needed_s(now, max_tokens), self.limits.min_batch_tokens
+
+        def fits(tokens: int, deadline: float) -> bool:
+            left_s = deadline - now
+            return full_s <= left_s or tokens <= least or self._needed_s(now, tokens) <= left_s
+
+        return fits
 
     def _needed_s(self, now: float, tokens: int) -> float:
         """How long before its deadline a batch must be dispatched."""

@@ -48,7 +48,7 @@ def unpack_request(packed: Packed, timeout_s: float) -> InferRequest:
     version, code, layer, priority, tokens, hidden_size = _fields(_REQUEST, packed)
     return InferRequest(
         "",
-        _tensor(version, code, tokens, hidden_size, packed),
+        _tensor(packed, version, code, tokens, hidden_size),
         None if layer == _NO_LAYER else layer,
         priority,
         timeout_s,
@@ -67,7 +67,7 @@ def unpack_result(packed: Packed) -> InferResult:
     Raises:
         LinkProtocolError: another version of the layout, or lengths that do not go together.
     """
-    output = _tensor(*_fields(_ANSWER, packed), packed)
+    output = _tensor(packed, *_fields(_ANSWER, packed))
     if output.nbytes != DTYPE_BYTES[output.dtype] * output.shape[0] * output.shape[1]:
         raise LinkProtocolError(f"a router's answer of shape {output.shape} has {output.nbytes} bytes")
     return InferResult(output)
@@ -79,7 +79,7 @@ def _fields(layout: struct.Struct, packed: Packed) -> tuple[int, ...]:
     return layout.unpack(packed.meta)
 
 
-def _tensor(version: int, code: int, tokens: int, hidden_size: int, packed: Packed) -> TensorData:
+def _tensor(packed: Packed, version: int, code: int, tokens: int, hidden_size: int) -> TensorData:
     if version != _VERSION or code >= len(_DTYPES):
         raise LinkProtocolError(f"a packed tensor of version {version}, dtype {code} is unknown here")
     (body,) = packed.body
