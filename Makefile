@@ -7,7 +7,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find runtime deployments clients -type f -not -name '*.pyc' 2>/dev/null)
 PACKAGES := runtime deployments clients
-BENCH := isolation engine_switches
 
 # pip says nothing for a minute while it fetches torch: let its own progress show.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -113,8 +112,9 @@ check: install .types/pimoe  ## Lint, types and layers
 format: install  ## Sort imports and format the code
 	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
 
-bench: install rivals wrk  ## Run the benchmarks, or BENCH=NAME, one of load_tests/
-	@set -e; for script in $(BENCH); do $(BIN)/python load_tests/$$script.py $(ARGS); done
+bench: install rivals wrk  ## Run all benchmarks and write load_tests/RESULTS.md, or BENCH=NAME, one of them
+	@$(if $(BENCH),set -e; for name in $(BENCH); do $(BIN)/python load_tests/$$name.py $(ARGS); done,\
+	  $(BIN)/python load_tests/bench.py $(ARGS))
 
 clean:  ## Remove the environment and everything that was made
 	rm -rf $(VENV) .types build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
