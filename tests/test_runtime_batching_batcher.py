@@ -47,7 +47,9 @@ class Model:
         self.batches: list[list[str]] = []
         self.deadlines: list[float] = []
         self.running: list[asyncio.Future[None]] = []
-        self.answer: Callable[[list[str]], Sequence[str]] = lambda batch: [value.upper() for value in batch]
+        self.answer: Callable[[list[str]], Sequence[str | PimoeError]] = lambda batch: [
+            value.upper() for value in batch
+        ]
 
     async def __call__(self, batch: Sequence[str], deadline: float) -> Computed[str]:
         self.batches.append(list(batch))
@@ -326,6 +328,21 @@ async def test_what_execute_raises_fails_its_items_only(error: PimoeError) -> No
         await b.dispatched("x", "ab", "c")
         b.model.finish()
         assert await after == "c"
+
+
+async def test_a_result_that_is_an_error_fails_its_item_only() -> None:
+    refused = InvalidTensorError("wrong")
+    async with bench(max_in_flight=1) as b:
+        first = b.submit("x")
+        await b.dispatched("x")
+        results = [b.submit(value) for value in "abc"]
+        await settle()
+        b.model.finish()
+        await b.dispatched("x", "abc")
+        b.model.answer = lambda batch: [refused if value == "b" else value for value in batch]
+        b.model.finish()
+        assert await asyncio.gather(first, *results, return_exceptions=True) == ["X", "a", refused, "c"]
+        assert b.batcher.statistics().latency["samples"] == 2  # the batch was computed
 
 
 async def test_unknown_exceptions_do_not_leak_their_text(caplog: pytest.LogCaptureFixture) -> None:

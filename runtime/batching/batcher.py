@@ -32,12 +32,12 @@ class Computed(NamedTuple, Generic[R]):
     """One batch's results, in the order of its values, where an error is the outcome of that item alone; and the
     tokens of its most loaded expert, on which its time depends."""
 
-    results: Sequence[R]
+    results: Sequence[R | PimoeError]
     largest_expert_tokens: int = 0
 
 
 # Computes one batch: values of one group and the latest of their deadlines (`loop.time()`).
-Execute = Callable[[Sequence[T], float], Awaitable[Computed[R | PimoeError]]]
+Execute = Callable[[Sequence[T], float], Awaitable[Computed[R]]]
 
 
 class BatcherStatistics(NamedTuple):

@@ -128,9 +128,7 @@ class Router:
                 f"hidden states of shape {list(states.shape)} in {states.dtype} do not have {states.nbytes} bytes"
             )
 
-    async def _run_layer(
-        self, batch: Sequence[tuple[int, TensorData]], deadline: float
-    ) -> Computed[TensorData | PimoeError]:
+    async def _run_layer(self, batch: Sequence[tuple[int, TensorData]], deadline: float) -> Computed[TensorData]:
         started = time.monotonic()
         buffer = self._buffers.take(sum(states.shape[0] for _, states in batch))
         results, largest = await self._run_gathered(batch[0][0], [states for _, states in batch], buffer, deadline)
