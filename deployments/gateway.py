@@ -33,7 +33,7 @@ from ..runtime.requests import GenerateAnswer, GenerateRequest, InferAnswer, Inf
 from ..runtime.router.client import RouterClient
 from .api.app import create_app
 from .api.context import ApiSettings
-from .api.known_answers import KnownAnswers
+from .api.known_answers import MAX_BYTES, KnownAnswers
 from .api.prompt_cache import ChatPrompts, PromptCache, PromptCacheLimits
 from .direct import serve_directly
 from .metrics import GatewayMetrics
@@ -98,7 +98,7 @@ class GatewayReplica:
             config.prefetch, self._cache.warm, self._cache.is_idle, self._cache.cache.__contains__
         )
         self._cache.watcher = self._prefetcher
-        self.known = KnownAnswers()
+        self.known = _known_answers(config.cache)
         self._metrics = GatewayMetrics()
         self._live = LiveSettings(config.live)
 
@@ -224,7 +224,7 @@ class GatewayReplica:
             settings = CacheSettings.model_validate(user_config["cache"])
             limits, prefetch = settings.to_limits(), settings.to_prefetch()
             self._cache.cache.limits = limits
-            self.known.clear()
+            self.known = _known_answers(limits)
             if prefetch != self._prefetcher.limits:
                 self._prefetcher.limits = prefetch
 
@@ -248,6 +248,11 @@ def _plain(statistics: CachedStatistics) -> dict[str, Any]:
         "superseded": statistics.superseded,
         "second": None if second is None else second._asdict(),
     }
+
+
+def _known_answers(limits: CacheLimits) -> KnownAnswers:
+    """Beside a small cache there is no more of them than of it."""
+    return KnownAnswers(min(MAX_BYTES, limits.max_bytes))
 
 
 def _prompts(tokenizer: Tokenizer, limits: PromptCacheLimits) -> ChatPrompts:
