@@ -84,7 +84,7 @@ def _about(outcomes: Sequence[Outcome], preset: str, seconds: float, repository:
         f"- Source: {revision(repository)}",
     ]
     if machines:
-        # Versions are all scripts', and rivals have environments of their own.
+        # One line for all scripts' versions.
         bare = {**machines[0], "versions": {}}
         lines.append(f"- Machine: {machine_line(bare).removesuffix(', ')}")
         versions = {name: found for each in machines for name, found in each.get("versions", {}).items()}
@@ -94,8 +94,13 @@ def _about(outcomes: Sequence[Outcome], preset: str, seconds: float, repository:
 
 
 def _rival_versions(outcome: Outcome) -> dict[str, str]:
-    found = outcome.facts.get("versions")
-    return {str(name): str(each) for name, each in found.items()} if isinstance(found, Mapping) else {}
+    """Rivals may run in environments of their own: their rows say which version they are, by `title`."""
+    rows = [row for rows in outcome.facts.values() if isinstance(rows, list) for row in rows]
+    return {
+        str(row["title"]): str(row["version"])
+        for row in rows
+        if isinstance(row, Mapping) and row.get("version") and "title" in row
+    }
 
 
 def revision(repository: Path) -> str:

@@ -224,7 +224,7 @@ def _deploy_empty() -> dict[str, int]:
 
     pids = {}
     for name, module in (("empty", None), ("torch", "torch")):
-        deployment = serve.deployment(Empty, name=name, ray_actor_options={"num_cpus": 0})
+        deployment: Any = serve.deployment(Empty, name=name, ray_actor_options={"num_cpus": 0})
         application = deployment.bind(module)
         handle = serve.run(application, name=f"nothing-{name}", route_prefix=f"/{name}", logging_config=QUIET)
         pids[name] = int(handle.pid.remote().result())

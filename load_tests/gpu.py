@@ -123,7 +123,7 @@ async def _measure(preset: Preset, device: str) -> list[Rate]:
             return found
 
 
-async def _rates(ways: Sequence[Way], preset: Preset, sequences: int) -> list[Rate]:
+async def _rates(ways: list[Way], preset: Preset, sequences: int) -> list[Rate]:
     decode: dict[str, list[float]] = {way.name: [] for way in ways}
     prefill: dict[str, list[float]] = {way.name: [] for way in ways}
     for index in range(preset.rounds + 1):

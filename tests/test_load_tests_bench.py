@@ -21,7 +21,10 @@ print("A table\\n-------\\n1  ```  2")
 print("busy", file=sys.stderr)
 targets = [{"what": "speed | of light", "target": ">= 1", "measured": "2", "reached": True},
            {"what": "sound", "target": ">= 3", "measured": "2", "reached": False}]
-facts = {"preset": options.preset, "targets": targets, "skipped": {"a rival": "not installed"}}
+facts = {"preset": options.preset, "targets": targets, "skipped": {"a rival": "not installed"},
+         "servers": [{"title": "Another", "version": "1.2.3"}],
+         "machine": {"cpu": "a processor", "cores": 2, "memory_gib": 8, "system": "Linux", "python": "3.11",
+                     "versions": {"torch": "2.13"}, "load_average": 0.5}}
 open(options.json, "w").write(json.dumps(facts))
 open(options.svg, "w").write("<svg/>")
 """
@@ -62,6 +65,8 @@ def test_a_whole_run_is_written_with_what_failed(scripts: Path, bench: Any, tmp_
     assert "| good | speed \\| of light | >= 1 | 2 | reached |" in text
     assert "| good | sound | >= 3 | 2 | **missed** |" in text
     assert "| good | a rival | not installed |" in text
+    assert "2 cores of a processor" in text
+    assert "Versions: Another 1.2.3, torch 2.13" in text
     assert "````text\nA table" in text, "a fence longer than any in the text"
     assert "![Is it good](results/good.svg)" in text
     assert "exit code 3" in text
