@@ -158,7 +158,7 @@ def _skipped(outcomes: Sequence[Outcome]) -> str:
         for outcome in outcomes
         for name, reason in dict(outcome.facts.get("skipped") or {}).items()
     ]
-    return markdown_table(("script", "what", "why"), rows) if rows else "Nothing: all rivals took part."
+    return markdown_table(("script", "what", "why"), rows) if rows else "Nothing that a script names."
 
 
 def _section(outcome: Outcome, charts: str) -> str:
