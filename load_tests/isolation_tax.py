@@ -1,0 +1,220 @@
+"""What it costs that experts live in other processes: the same engine in-process, in 2 and in 4 group processes.
+
+    python load_tests/isolation_tax.py [--preset tiny] [--weights NAME] [--json FILE] [--svg FILE]
+
+No Ray, no HTTP: `LocalRuntime`. All ways are up at the same time and take turns. Afterwards such steps run
+once more with a clock around each part, to say where a layer's time goes. See README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from generation import WEIGHTS, Way, by_router, quantization, streaming, unknown_weights
+from generation_split import PARTS, split
+from isolation_results import Parts, Results, Speed, chart, summary, tables
+from pimoe.runtime.errors import PimoeError
+from pimoe.runtime.generation.limits import EngineLimits
+from pimoe.runtime.generation.micro_batches import MicroBatchStatistics
+from pimoe.runtime.local import LocalRuntime
+from pimoe.runtime.loop_thread import new_event_loop
+from pimoe.runtime.router.limits import RouterLimits
+from pimoe.runtime.router.router import Router
+from random_model import Shape, write_random_model
+from report import cores, machine, machine_line, parser, progress, publish
+from switch_engines import Prompt, decode_rate, random_prompts
+from switch_measurements import BLOCK_TOKENS, median_ratio, take_turns
+
+_WARM_UP_ROUND = 99
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How much to measure.
+
+    Attributes:
+        sequences: that decode at once, each `max_tokens` from a prompt of `prompt_tokens`.
+        processes: group processes of each way.
+        learning_tokens: of the answers from which the engine learns, before it is measured, whether two
+            micro-batches pay.
+        split_tokens: of the answers in which every part is timed.
+    """
+
+    rounds: int = 3
+    sequences: tuple[int, ...] = (1, 8, 32, 128)
+    processes: tuple[int, ...] = (2, 4)
+    prompt_tokens: int = 8
+    max_tokens: int = 20
+    learning_tokens: int = 40
+    split_tokens: int = 12
+    shape: Shape = field(default_factory=Shape)
+
+    @property
+    def limits(self) -> RouterLimits:
+        """Of an engine for the most sequences."""
+        longest = self.prompt_tokens + max(self.max_tokens, self.learning_tokens, self.split_tokens)
+        blocks = 2 * max(self.sequences) * (-(-longest // BLOCK_TOKENS) + 1)
+        engine = EngineLimits(max(self.sequences), kv_blocks=blocks, reuse_prefixes=False)
+        return RouterLimits(engine=engine)
+
+    def prompts(self, sequences: int, seed: int) -> list[Prompt]:
+        """The same for the same seed."""
+        return random_prompts(self.shape.vocab_size, sequences, self.prompt_tokens, seed)
+
+
+_TINY = Shape(64, 2, num_experts=4, top_k=2, expert_size=64, num_heads=2, num_kv_heads=1, vocab_size=256)
+PRESETS = {
+    "tiny": Preset(1, (1, 4), (2, 4), max_tokens=8, learning_tokens=8, split_tokens=8, shape=_TINY),
+    "default": Preset(),
+}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way with the router behind it. `processes`: 0 in-process."""
+
+    way: Way
+    router: Router
+    processes: int
+
+    def micro_batches(self) -> MicroBatchStatistics:
+        """Since it was started; threads of a way share a router."""
+        assert self.router.engine is not None
+        return self.router.engine.statistics().micro_batches
+
+
+async def _start(stack: AsyncExitStack, folder: Path, preset: Preset, weights: str) -> list[Contender]:
+    async def start(processes: int) -> Router:
+        isolation = "processes" if processes else "in-process"
+        runtime = await LocalRuntime.start(
+            folder, processes or 1, isolation, limits=preset.limits, **quantization(weights)
+        )
+        return (await stack.enter_async_context(runtime)).router
+
+    def contender(name: str, router: Router, threads: int, processes: int) -> Contender:
+        return Contender(Way(name, threads, streaming(by_router(router))), router, processes)
+
+    local = await start(0)
+    found = [
+        contender(f"in-process, {threads} thread{'s' if threads > 1 else ''}", local, threads, 0)
+        for threads in sorted({1, cores()})
+    ]
+    for processes in preset.processes:
+        found.append(contender(f"{processes} group processes", await start(processes), 1, processes))
+    return found
+
+
+# The measurement -----------------------------------------------------------------------------------------------
+
+
+async def _speeds(weights: str, preset: Preset, sequences: int, contenders: Sequence[Contender]) -> list[Speed]:
+    steps = {contender.way.name: [0, 0] for contender in contenders}
+
+    def measured(contender: Contender) -> Callable[[int], Awaitable[float]]:
+        async def measure(index: int) -> float:
+            before = contender.micro_batches()
+            answers = await contender.way.ask(preset.prompts(sequences, index), preset.max_tokens)
+            after, counts = contender.micro_batches(), steps[contender.way.name]
+            counts[0] += after.single - before.single
+            counts[1] += after.double - before.double
+            return decode_rate(answers)
+
+        return measure
+
+    for contender in contenders:
+        prompts = preset.prompts(sequences, _WARM_UP_ROUND)
+        await contender.way.ask(prompts, preset.learning_tokens if contender.processes else preset.max_tokens)
+    found = await take_turns(preset.rounds, {one.way.name: measured(one) for one in contenders})
+    local = [found[one.way.name] for one in contenders if not one.processes]
+    best = [max(values) for values in zip(*local, strict=True)]
+    return [
+        Speed(
+            weights,
+            sequences,
+            one.way.name,
+            one.processes,
+            statistics.median(found[one.way.name]),
+            median_ratio(found[one.way.name], best),
+            *steps[one.way.name],
+        )
+        for one in contenders
+    ]
+
+
+async def _parts(weights: str, preset: Preset, sequences: int, contender: Contender) -> Parts:
+    with split(contender.router) as steps:
+        await contender.way.ask(preset.prompts(sequences, _WARM_UP_ROUND + 1), preset.split_tokens)
+    decoding = [step for step in steps if step.tokens == sequences]
+    medians = {part: statistics.median(getattr(step, part) for step in decoding) for part in PARTS}
+    layers = preset.shape.num_layers
+    per_layer = {f"{part}_us": 1e6 * medians[part] / layers for part in PARTS if part != "other"}
+    step_ms = 1e3 * statistics.median(sum(getattr(step, part) for part in PARTS) for step in decoding)
+    return Parts(
+        weights, sequences, contender.way.name, **per_layer, other_ms=1e3 * medians["other"], step_ms=step_ms
+    )
+
+
+async def _measure(preset: Preset, folder: Path, weights: str, results: Results) -> None:
+    async with AsyncExitStack() as stack:
+        progress(f"{weights}: starting")
+        contenders = await _start(stack, folder, preset, weights)
+        for sequences in preset.sequences:
+            progress(f"{weights}: {sequences} sequences")
+            results.speeds += await _speeds(weights, preset, sequences, contenders)
+            for contender in contenders:
+                results.parts.append(await _parts(weights, preset, sequences, contender))
+
+
+def measure(preset: Preset, weights: Sequence[str]) -> Results:
+    """One kind of weights after the other."""
+    results = Results(skipped=unknown_weights(weights))
+    with (
+        tempfile.TemporaryDirectory(prefix="pimoe-bench-") as made,
+        asyncio.Runner(loop_factory=new_event_loop) as runner,
+    ):
+        folder = write_random_model(Path(made), preset.shape)
+        for kind in weights:
+            if f"pimoe {kind}" not in results.skipped:
+                runner.run(_measure(preset, folder, kind, results))
+    return results
+
+
+# The command line ----------------------------------------------------------------------------------------------
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure and publish."""
+    preset, here = PRESETS[options.preset], machine()
+    results = measure(preset, options.weights or WEIGHTS)
+    lines = summary(results)
+    facts = {"machine": here, "preset": options.preset, **asdict(results), "summary": lines}
+    publish(facts, "\n\n".join([machine_line(here), tables(results), "\n".join(lines)]), options.json)
+    if options.svg is not None:
+        Path(options.svg).write_text(chart(results.speeds))
+
+
+def main() -> int:
+    """The command line. The groups' processes end with this one."""
+    command_line = parser("Measure what it costs that experts live in other processes.", PRESETS)
+    command_line.add_argument("--weights", action="append", choices=WEIGHTS, help="only these (both)")
+    command_line.add_argument("--svg", metavar="FILE", help="draw tokens/s over sequences there")
+    try:
+        run(command_line.parse_args())
+    except KeyboardInterrupt:
+        return 130
+    except PimoeError as error:
+        print(f"error [{error.code}] {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
