@@ -33,6 +33,7 @@ from stand import Stand, stand, supervised
 
 GROUPS = 2
 LOAD = 0.8
+_HAPROXY = "haproxy"
 _MAX_OUTSTANDING = 1000
 _TIMEOUT_S = 30.0
 
@@ -170,7 +171,8 @@ async def _soak(url: str, preset: Preset, model: Model, names: dict[int, str], r
 def _verdicts(trends: Sequence[Trend], record: Record, own: set[int], preset: Preset) -> list[str]:
     """What speaks against the application; empty: nothing."""
     last_s = max((samples[-1][0] for samples in record.samples.values()), default=0.0)
-    names = {record.names[pid] for pid in own}
+    # HAProxy replaces itself when it is configured anew, but it must not drift.
+    names = {record.names[pid] for pid in own} | {_HAPROXY}
     against = [f"{record.names[pid]} ended, or was replaced" for pid in own if _is_gone(record, pid, last_s)]
     failures = Counter(o.ended for o in record.outcomes if o.ended.startswith("failed"))
     against += [f"{count} requests {ended}" for ended, count in failures.most_common(10)]
@@ -206,9 +208,8 @@ def measure(cluster: Stand, preset: Preset, root: int) -> tuple[dict[str, Any], 
     model, own = model_of(cluster.url)
     capacity, record = _run(lambda: _soak(cluster.url, preset, model, own, root))
     cache = _cache_hits(cluster.url)
-    haproxies = {pid for pid, name in record.names.items() if name == "haproxy"}
     trends = trends_of(record.names, record.samples, record.outcomes, record.started, preset.window_s)
-    against = _verdicts(trends, record, set(own) | haproxies, preset)
+    against = _verdicts(trends, record, set(own), preset)
     facts: dict[str, Any] = {
         "capacity_per_s": capacity,
         "offered_per_s": LOAD * capacity,
