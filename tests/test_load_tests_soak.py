@@ -82,3 +82,24 @@ def test_a_short_soak_accounts_for_every_request_and_process(tmp_path: Path) -> 
     (target,) = facts["targets"]
     assert target["reached"] is None, "too short to judge"
     ElementTree.fromstring(chart.read_text())
+
+
+def test_only_what_is_pimoes_and_only_a_long_run_speak_against_it(drift: Any) -> None:
+    import soak
+    from process_usage import Usage
+    from soak_work import Outcome
+
+    used = Usage(1, 1, 1, 1, 1)
+    record = soak.Record(
+        0.0,
+        [Outcome("bad", 0, 0, "failed: WrongAnswerError: 200"), Outcome("tensor", 0, 0, "refused")],
+        {1: [(0, used), (5, used)], 2: [(0, used)], 3: [(0, used)]},
+        {1: "router 0", 2: "group-0", 3: "haproxy", 4: "gateway 0"},
+    )
+    grew = (1.0, 9.0, 9.0, 4.0, True)
+    trends = [drift.Trend(*each, *grew) for each in (("haproxy", "descriptors"), ("raylet", "threads"))]
+    gone = ["group-0 ended, or was replaced", "gateway 0 ended, or was replaced"]
+    failed = "1 requests failed: WrongAnswerError: 200"
+    assert soak._verdicts(trends, record, {1, 2, 4}, soak.PRESETS["tiny"]) == [*gone, failed]
+    drifts = "haproxy: descriptors drifts"
+    assert soak._verdicts(trends, record, {1, 2, 4}, soak.PRESETS["default"]) == [*gone, failed, drifts]
