@@ -218,6 +218,34 @@ async def test_a_tensor_alone_has_whole_rows(session: aiohttp.ClientSession, gat
     assert not gateway.inferred
 
 
+async def test_equal_heads_are_read_once_and_their_bytes_each_time(
+    session: aiohttp.ClientSession, gateway: FakeGateway
+) -> None:
+    async def send(array: Any, headers: dict[str, str] | None = None, **fields: Any) -> tuple[int, bytes]:
+        tensor = {"name": "hidden_states", "shape": list(array.shape), "datatype": "FP32"}
+        head = json.dumps({"inputs": [{**tensor, "parameters": {"binary_data_size": array.nbytes}}], **fields})
+        sent = {"inference-header-content-length": str(len(head)), **(headers or {})}
+        async with session.post(INFER, data=head.encode() + array.tobytes(), headers=sent) as response:
+            return response.status, await response.read()
+
+    binary = {"binary_data_output": True}
+    for factor in (1, 2, 3):
+        status, body = await send(states() * factor, parameters=binary)
+        assert status == 200
+        assert body.endswith((states() * factor * 2).tobytes())
+    assert (await send(states() * np.nan, parameters=binary))[0] == 400
+    assert (await send(states(), {"x-pimoe-priority": "0.75"}, parameters=binary))[0] == 200
+    assert gateway.inferred[-1].priority == 0.75
+    assert (await send(states(), parameters={**binary, "layer": 2}))[0] == 200
+    assert (gateway.inferred[-1].layer, gateway.inferred[-1].priority) == (2, 0.5)
+    assert gateway.info is not None
+    gateway.info = replace(gateway.info, moe_layers=(0,))
+    assert (await send(states(), parameters={**binary, "layer": 2}))[0] == 400
+    for count in range(600):
+        status, body = await send(states(), id=str(count), parameters=binary)
+        assert f'"id":"{count}"'.encode() in body
+
+
 @pytest.mark.parametrize(("own", "binary"), [(None, True), (False, False), (True, True)])
 async def test_an_output_decides_for_itself(
     session: aiohttp.ClientSession, own: bool | None, binary: bool

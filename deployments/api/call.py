@@ -9,6 +9,7 @@ import os
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
+from typing import NamedTuple
 
 from starlette.types import Receive, Scope, Send
 
@@ -19,6 +20,7 @@ from .bodies import check_headers, read_body
 from .context import ApiSettings, GatewayContext
 from .errors import Headers, MethodNotAllowedError
 from .fields import shown
+from .inference_codec import KnownHeads
 from .known_answers import Asked, KnownAnswer
 from .lifetime import Lifetime, cancelled_from_behind
 from .options import CallOptions, HeaderOptions, read_headers
@@ -58,16 +60,23 @@ def is_openai(scope: Scope) -> bool:
     return path.startswith("/v1/") or path in _OPENAI_PATHS
 
 
+class Kept(NamedTuple):
+    """What an endpoint remembers of one request for the next."""
+
+    options: HeaderOptions
+    heads: KnownHeads
+
+
 class Call:
     """What a handler gets."""
 
     __slots__ = (
         "_asked",
-        "_options",
         "_read",
         "_send",
         "context",
         "headers",
+        "kept",
         "lifetime",
         "receive",
         "request_id",
@@ -76,11 +85,9 @@ class Call:
         "streams",
     )
 
-    def __init__(
-        self, context: GatewayContext, options: HeaderOptions, scope: Scope, receive: Receive, send: Send
-    ) -> None:
+    def __init__(self, context: GatewayContext, kept: Kept, scope: Scope, receive: Receive, send: Send) -> None:
         self.context = context
-        self._options = options
+        self.kept = kept
         self.scope = scope
         self.receive = receive
         self._send = send
@@ -107,7 +114,7 @@ class Call:
         Raises:
             InvalidRequestError.
         """
-        return self._options.read(self._read)
+        return self.kept.options.read(self._read)
 
     async def body(self) -> bytes:
         """The body; from then on the client's disconnect ends the call.
@@ -237,12 +244,12 @@ class Endpoint:
 
     def __init__(self, context: GatewayContext, handler: Handler, methods: tuple[str, ...]) -> None:
         self._context = context
-        self._options = HeaderOptions(context.settings)
+        self._kept = Kept(HeaderOptions(context.settings), KnownHeads())
         self._handler = handler
         self._methods = methods
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        call = Call(self._context, self._options, scope, receive, send)
+        call = Call(self._context, self._kept, scope, receive, send)
         if scope["method"] not in self._methods:
             await self._refuse_method(call)
             return

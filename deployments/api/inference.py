@@ -72,7 +72,10 @@ async def infer(call: Call) -> None:
         tensor_call = reader.read_raw(body)
     else:
         text, binary = split_body(body, call.headers.get(JSON_LENGTH_HEADER))
-        tensor_call = reader.read(decode_json(text, call.settings.max_json_bytes), binary)
+        if binary:
+            tensor_call = call.kept.heads.read(reader, bytes(text), binary)
+        else:
+            tensor_call = reader.read(decode_json(text, call.settings.max_json_bytes), binary)
     remaining_s = call.start_clock(tensor_call.options.timeout_s)
     request = tensor_call.request(call.work_id(), remaining_s)
     answer = await call.context.infer(request, tensor_call.options.bypass)
