@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import InvalidTensorError, LinkProtocolError
 from ..links import Packed
+from ..links.frames import Buffer
 from ..routing.plan import ExpertRows
 
 _VERSION = 1
@@ -26,6 +27,7 @@ _ALIGNMENT = 64
 _ZEROS = bytes(_ALIGNMENT)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
+_NUMPY: dict[int, type[np.generic]] = {2: np.int16, 4: np.int32, 8: np.int64}  # numpy has no bfloat16
 _NUMBER_BYTES = 4  # of an offset, an expert's id and a weight
 
 
@@ -68,7 +70,7 @@ def unpack_rows(packed: Packed, device: torch.device) -> tuple[int, ExpertRows]:
         np.frombuffer(body, np.int32, pairs, 4 * (count + 1)),
     )
     weights = np.frombuffer(body, np.float32, pairs, 4 * (count + 1 + pairs))
-    hidden = torch.frombuffer(body, dtype=dtype, offset=start).view(count, hidden_size)
+    hidden = _over(body, start, count, hidden_size, dtype)
     return layer, ExpertRows(hidden if device.type == "cpu" else hidden.to(device), offsets, experts, weights)
 
 
@@ -89,15 +91,23 @@ def unpack_sums(packed: Packed, asked: Tensor) -> tuple[Tensor, float]:
     version, computed_s = _ANSWER.unpack(packed.meta)
     if version != _VERSION:
         raise LinkProtocolError(f"a group answered in version {version} of the layout")
-    sums = torch.frombuffer(body, dtype=torch.float32).view(asked.shape)
-    return sums if asked.device.type == "cpu" else sums.to(asked.device), computed_s
+    sums = _over(body, 0, asked.shape[0], asked.shape[1], torch.float32)
+    return sums if asked.is_cpu else sums.to(asked.device), computed_s
 
 
-def _whole(packed: Packed) -> bytes | bytearray | memoryview:
+def _whole(packed: Packed) -> Buffer:
     (body,) = packed.body
     return body
 
 
+def _over(body: Buffer, start: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """A matrix over the memory of `body`; by way of numpy, which takes half as long as `torch.frombuffer`."""
+    numbers = _NUMPY[dtype.itemsize] if dtype is not torch.float32 else np.float32
+    tensor = torch.from_numpy(np.ndarray((rows, columns), numbers, body, start))
+    return tensor if dtype is torch.float32 else tensor.view(dtype)
+
+
 def _bytes_of(tensor: Tensor) -> memoryview:
-    plain = tensor.detach().cpu().contiguous()
-    return plain.view(torch.uint8).numpy().reshape(-1).data
+    if not tensor.is_cpu or tensor.requires_grad or not tensor.is_contiguous():
+        tensor = tensor.detach().cpu().contiguous()
+    return tensor.view(torch.uint8).numpy().data.cast("B")

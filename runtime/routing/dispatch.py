@@ -104,7 +104,7 @@ class Dispatcher:
         self.groups = groups
         self._dispatches = 0
         self._group_rows = [0] * len(groups)
-        self._group_pairs = [np.zeros(len(experts), np.int64) for experts in placement.groups]
+        self._expert_pairs = np.zeros(placement.num_experts, np.int64)
         self._waiting_s = 0.0
         sending = [group for group in groups if isinstance(group, SendingBackend)]
         self._sending = sending if len(sending) == len(groups) else None
@@ -132,7 +132,7 @@ class Dispatcher:
     async def run_counted(self, layer: int, hidden: Tensor, routing: Routing, deadline: float) -> Dispatched:
         """As `run`, with what it cost."""
         plans = plan_dispatch(routing, self.placement)
-        largest = self._count(plans)
+        largest = self._count(routing, plans)
         started = time.monotonic()
         if self._sending is None:
             calls = [self.groups[plan.group].run(layer, plan.take(hidden), deadline) for plan in plans]
@@ -144,24 +144,18 @@ class Dispatcher:
         with torch.inference_mode():
             return Dispatched(combine(plans, partials, hidden), largest, waited_s)
 
-    def _count(self, plans: Sequence[GroupPlan]) -> int:
+    def _count(self, routing: Routing, plans: Sequence[GroupPlan]) -> int:
         self._dispatches += 1
-        largest = 0
         for plan in plans:
-            pairs = self._group_pairs[plan.group]
-            counts = np.bincount(plan.experts, minlength=len(pairs))
-            pairs += counts
-            largest = max(largest, int(counts.max()))
             self._group_rows[plan.group] += len(plan.offsets) - 1
-        return largest
+        counts = np.bincount(routing.expert_ids.cpu().numpy().ravel(), minlength=len(self._expert_pairs))
+        self._expert_pairs += counts
+        return int(counts.max())
 
     def statistics(self) -> DispatchStatistics:
         """See `DispatchStatistics`."""
-        pairs = [0] * self.placement.num_experts
-        for experts, counts in zip(self.placement.groups, self._group_pairs, strict=True):
-            for expert, count in zip(experts, counts.tolist(), strict=True):
-                pairs[expert] = count
-        return DispatchStatistics(self._dispatches, tuple(self._group_rows), tuple(pairs), self._waiting_s)
+        pairs = tuple(self._expert_pairs.tolist())
+        return DispatchStatistics(self._dispatches, tuple(self._group_rows), pairs, self._waiting_s)
 
 
 class _Answers:
