@@ -140,6 +140,8 @@ async def check_all(server: Server, requests: Sequence[bytes], sample: Sample, c
     async def caller() -> None:
         connection = await Connection.connect(server.port)
         for index in waiting:
+            if not connection.is_open:  # servers may close one after any answer
+                connection = await Connection.connect(server.port)
             answer = await connection.ask(requests[index])
             if answer.status != 200:
                 raise WrongAnswerError(f"status {answer.status}: {answer.body[:200]!r}")
