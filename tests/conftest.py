@@ -21,6 +21,20 @@ def torch_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pimoe.runtime.experts.loading.has_native", lambda *_: False)
 
 
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def kernel_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each set of native kernels that this processor can run."""
+    from pimoe.runtime.native import kernels
+
+    try:
+        name, magnitudes = kernels.module().use(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(kernels, "_magnitudes", magnitudes)
+    yield name
+    kernels.module().use(kernels.description())
+
+
 @pytest.fixture(scope="session")
 def application() -> Iterator[LocalCluster]:
     """The embedded model behind HTTP: group-0 with two replicas, group-1 with one."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -20,18 +19,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"no native kernels here: {kernels.description()}")
-
-
-@pytest.fixture(params=["avx512", "avx2", "portable"])
-def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each set of kernels that this processor can run."""
-    try:
-        name, magnitudes = kernels._module.use(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    monkeypatch.setattr(kernels, "_magnitudes", magnitudes)
-    yield name
-    kernels._module.use(kernels.description())
 
 
 def activate(name: str, projected: Tensor, clamp: tuple[float, float]) -> Tensor:
@@ -111,7 +98,7 @@ def tolerance(dtype: torch.dtype) -> dict[str, float]:
 @pytest.mark.parametrize(("hidden", "inner"), [(2, 1), (64, 32), (130, 40), (256, 64)])
 @pytest.mark.parametrize("count", [1, 2, 7, 40])
 def test_experts_give_the_exact_sums_within_rounding(
-    chosen: str, kind: Kind, hidden: int, inner: int, count: int
+    kernel_set: str, kind: Kind, hidden: int, inner: int, count: int
 ) -> None:
     case = Case(kind, hidden=hidden, inner=inner)
     rows = case.rows(count)
@@ -121,14 +108,14 @@ def test_experts_give_the_exact_sums_within_rounding(
 @pytest.mark.parametrize("activation", list(kernels.ACTIVATIONS))
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("kind", list(Kind))
-def test_every_activation_and_bias(chosen: str, activation: str, has_bias: bool, kind: Kind) -> None:
+def test_every_activation_and_bias(kernel_set: str, activation: str, has_bias: bool, kind: Kind) -> None:
     case = Case(kind, activation, has_bias=has_bias)
     rows = case.rows(9)
     torch.testing.assert_close(case.compute(rows).double(), case.expected(rows), **tolerance(case.dtype))
 
 
 @pytest.mark.parametrize("kind", list(Kind))
-def test_a_row_has_the_same_bits_alone_among_others_and_on_more_threads(chosen: str, kind: Kind) -> None:
+def test_a_row_has_the_same_bits_alone_among_others_and_on_more_threads(kernel_set: str, kind: Kind) -> None:
     case = Case(kind, hidden=128, inner=96)
     rows = case.rows(50)
     together, threads = case.compute(rows), torch.get_num_threads()
@@ -146,7 +133,7 @@ def test_a_row_has_the_same_bits_alone_among_others_and_on_more_threads(chosen: 
 
 @pytest.mark.parametrize("kind", list(Kind))
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_so_and_with_its_row(chosen: str, kind: Kind, bad: float) -> None:
+def test_what_is_not_finite_stays_so_and_with_its_row(kernel_set: str, kind: Kind, bad: float) -> None:
     case = Case(kind)
     rows = case.rows(9)
     clean = case.compute(rows)
@@ -157,7 +144,7 @@ def test_what_is_not_finite_stays_so_and_with_its_row(chosen: str, kind: Kind, b
     assert torch.equal(spoilt[others], clean[others])
 
 
-def test_large_values_saturate_as_the_activation_does(chosen: str) -> None:
+def test_large_values_saturate_as_the_activation_does(kernel_set: str) -> None:
     case = Case(Kind.F32, hidden=64, inner=32)
     rows = case.rows(6)
     rows.hidden.mul_(1e4)
@@ -191,7 +178,7 @@ def test_pairs_that_do_not_fit_are_refused(offsets: list[int], experts: list[int
 @pytest.mark.parametrize("count", [0, 1, 5, 20])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_a_product_is_torchs_within_rounding(
-    chosen: str, dtype: torch.dtype, columns: int, k: int, count: int, has_bias: bool
+    kernel_set: str, dtype: torch.dtype, columns: int, k: int, count: int, has_bias: bool
 ) -> None:
     generator = torch.Generator().manual_seed(columns)
     weight = torch.randn(columns, k, generator=generator).to(dtype)
