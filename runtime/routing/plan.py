@@ -140,7 +140,7 @@ def combine(plans: Sequence[GroupPlan], partials: Sequence[Tensor], hidden: Tens
     for plan, partial in rest:
         partial = partial.to(hidden.device)
         if plan.rows is None:
-            total = total + partial
+            total.add_(partial)
         else:
             total.index_add_(0, plan.rows.to(hidden.device), partial)
     return total
