@@ -71,7 +71,7 @@ class Preset:
 
     rounds: int = 3
     sequences: tuple[int, ...] = (1, 8, 32)
-    decode: tuple[int, int] = (16, 64)
+    decode: tuple[int, int] = (16, 32)
     prefill_tokens: int = 128
     shape: Shape = field(default_factory=Shape)
 
@@ -206,12 +206,12 @@ def _agreement(weights: str, case: Case, name: str, answers: dict[str, list[list
         for ours, theirs in zip(answers[name], answers[TRANSFORMERS], strict=True)
         for one, other in zip(ours, theirs, strict=True)
     ]
-    same = sum(_common(one, other) for one, other in pairs)
+    same = sum(common_tokens(one, other) for one, other in pairs)
     first = sum(one[0] == other[0] for one, other in pairs)
     return Agreement(weights, case.sequences, name, same, len(pairs) * case.max_tokens, first, len(pairs))
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
+def common_tokens(one: Sequence[int], other: Sequence[int]) -> int:
     """Tokens until the first that differs."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))
 

@@ -105,7 +105,7 @@ def _targets(rates: Sequence[Rate]) -> Iterator[str]:
         for rate in found:
             verdict = "reached" if rate.to_transformers >= target else "MISSED"
             yield (
-                f"Target, {weights} served, {rate.sequences} sequences: {rate.to_transformers:.2f}x transformers, "
+                f"Target, {weights} served, {rate.sequences} at once: {rate.to_transformers:.2f}x transformers, "
                 f"at least {target:g}x: {verdict}."
             )
 

@@ -23,24 +23,13 @@ def run_tiny(script: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def facts() -> dict[str, Any]:
-    return run_tiny("isolation.py")
+    return run_tiny("mixed_prompts.py")
 
 
 def test_the_machine_is_named(facts: dict[str, Any]) -> None:
     assert facts["machine"]["cores"] > 0
     assert facts["machine"]["cpu"]
     assert {"pimoe", "torch", "ray"} <= facts["machine"]["versions"].keys()
-
-
-def test_generation_is_measured_in_process_in_processes_and_served(facts: dict[str, Any]) -> None:
-    rows = {(row["sequences"], row["way"]): row for row in facts["generation"]}
-    local = ("in-process, 1 group, 1 thread", "in-process, 2 groups, 1 thread")
-    apart = ("2 group processes, 1 thread", "served over HTTP, 2 groups")
-    assert rows.keys() == {(count, way) for count in (1, 4) for way in (*local, *apart)}
-    assert all(row["tokens_per_s"] > 0 and row["first_token_p50_ms"] > 0 for row in rows.values())
-    for (count, _), row in rows.items():
-        limit = max(rows[count, way]["tokens_per_s"] for way in local)
-        assert row["ratio"] == pytest.approx(row["tokens_per_s"] / limit)
 
 
 def test_mixed_prompts_are_measured_served_whole_alone_and_by_transformers(facts: dict[str, Any]) -> None:
