@@ -58,6 +58,7 @@ SCRIPTS = (
     Script("compare_serving", "One MoE layer over HTTP: pimoe beside what users would pick instead"),
     Script("compare_generation", "One checkpoint, decode and prefill: pimoe beside transformers and llama.cpp"),
     Script("isolation_tax", "The same engine with its experts in-process and in processes of their own"),
+    Script("int8_experts", "What rounding experts to int8 costs in accuracy and saves in memory", chart=None),
     Script("dispatch", "One dispatch over a link, a Serve handle, an actor call, ZeroMQ"),
     Script("cache", "Hits over HTTP and in-process, beside an empty handler and the same request computed"),
     Script("mixed_prompts", "What short prompts wait for their first token while long ones prefill", chart=None),

@@ -68,6 +68,7 @@ class LocalRuntime:
         dtype: str | None = None,
         batch_invariant: bool = False,
         expert_quantization: Quantization | None = None,
+        device: str = "cpu",
         limits: RouterLimits | None = None,
     ) -> LocalRuntime:
         """Load and start everything. What was started is stopped again when something fails.
@@ -77,12 +78,13 @@ class LocalRuntime:
             replicas: processes of each group; only with `isolation="processes"`.
             batch_invariant: see `Decoder.load`.
             expert_quantization: see `ExpertOptions`.
+            device: where trunk and experts compute, such as "cuda:0"; groups in processes of their own share it.
 
         Raises:
             CheckpointError, UnknownFamilyError, ConfigurationError.
         """
         options = ExpertOptions(batch_invariant, expert_quantization)
-        trunk = load_trunk(folder, name, dtype, batch_invariant=batch_invariant)
+        trunk = load_trunk(folder, name, dtype, device, batch_invariant)
         placement = contiguous_placement(trunk.info.num_experts, groups)
         async with contextlib.AsyncExitStack() as cleanup:
             pools: list[LinkPool] = []
@@ -90,13 +92,13 @@ class LocalRuntime:
             backends: list[GroupBackend]
             if isolation == "in-process":
                 backends = [
-                    _load_group(folder, experts, trunk.info.dtype, options) for experts in placement.groups
+                    _load_group(folder, experts, trunk.info.dtype, device, options) for experts in placement.groups
                 ]
             else:
                 secret = new_secret()
                 configs = [
                     GroupProcessConfig(
-                        f"group-{index}", str(folder), experts, trunk.info.dtype, secret, 1, options
+                        f"group-{index}", str(folder), experts, trunk.info.dtype, secret, 1, options, device
                     )
                     for index, experts in enumerate(placement.groups)
                 ]
@@ -108,7 +110,7 @@ class LocalRuntime:
                 backends = [RemoteGroup(pool) for pool in pools]
             dispatcher = Dispatcher(placement, backends)
             limits = limits or RouterLimits()
-            router = Router(trunk.info, trunk.gates, dispatcher, trunk.decoder, limits, folder=folder)
+            router = Router(trunk.info, trunk.gates, dispatcher, trunk.decoder, limits, device, folder)
             cleanup.push_async_callback(router.close)
             router.start()
             return cls(router, pools, processes, cleanup.pop_all())
@@ -126,10 +128,12 @@ class LocalRuntime:
         await self.close()
 
 
-def _load_group(folder: Path, experts: Sequence[int], dtype: str, options: ExpertOptions) -> LocalGroup:
+def _load_group(
+    folder: Path, experts: Sequence[int], dtype: str, device: str, options: ExpertOptions
+) -> LocalGroup:
     checkpoint = Checkpoint(folder)
     spec = read_spec(checkpoint).experts
-    group = ExpertGroup.load(checkpoint, spec, experts, torch_dtype(dtype), options=options)
+    group = ExpertGroup.load(checkpoint, spec, experts, torch_dtype(dtype), device, options)
     return LocalGroup(group)
 
 

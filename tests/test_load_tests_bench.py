@@ -151,3 +151,17 @@ def test_without_a_gpu_the_script_says_so() -> None:
     assert facts["device"] is None
     assert not facts["gpu"]
     assert "CUDA" in facts["skipped"]["GPU"]
+
+
+def test_int8_experts_are_judged_by_bytes_and_by_the_embedded_models_answers() -> None:
+    command = [sys.executable, str(FOLDER / "int8_experts.py"), "--preset", "tiny", "--json", "-"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    rows = {(row["dtype"], row["int8"]): row for row in facts["int8_experts"]}
+    assert rows.keys() == {(dtype, int8) for dtype in ("float32", "bfloat16") for int8 in (False, True)}
+    for (_, int8), row in rows.items():
+        assert row["exact"] == sum(row["skills"].values()) <= row["total"]
+        assert row["bytes_ratio"] == pytest.approx(row["expert_bytes"] / rows["bfloat16", False]["expert_bytes"])
+        assert int8 == (row["bytes_ratio"] < 0.9)
+    assert [target["reached"] for target in facts["targets"]] == [True, True]

@@ -46,6 +46,7 @@ class GroupProcessConfig:
     secret: str
     threads: int = 1
     options: ExpertOptions = DEFAULTS
+    device: str = "cpu"
 
 
 class GroupProcess:
@@ -142,11 +143,11 @@ def _load(config: GroupProcessConfig) -> ExpertGroup:
     torch.set_num_threads(config.threads)
     checkpoint = Checkpoint(Path(config.folder))
     spec, dtype = read_spec(checkpoint).experts, torch_dtype(config.dtype)
-    return ExpertGroup.load(checkpoint, spec, config.experts, dtype, options=config.options)
+    return ExpertGroup.load(checkpoint, spec, config.experts, dtype, config.device, config.options)
 
 
 async def _serve(config: GroupProcessConfig, address: str, parent: TextIO) -> None:
-    handler = ExpertGroupHandler(_load(config))
+    handler = ExpertGroupHandler(_load(config), config.device)
     gc.freeze()  # torch alone is 170,000 objects: looking through them would stall a dispatch for 100 ms
     server = LinkServer(handler, config.secret.encode(), credits=2)
     await server.listen_unix(address)
