@@ -1,6 +1,6 @@
 """Generation beside what users would pick instead: pimoe served and in-process, transformers, llama.cpp.
 
-    python load_tests/compare_generation.py [--preset tiny] [--weights NAME] [--json FILE] [--svg FILE]
+    python load_tests/compare_generation.py [--preset tiny] [--weights NAME] [--rounds N] [--json F] [--svg F]
 
 One Qwen3-MoE checkpoint, made with a fixed seed. Decoding and prefilling are measured apart, for the same prompts,
 greedily; all ways of one table are up at the same time and take turns. See README.md.
@@ -14,7 +14,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +249,8 @@ def measure(preset: Preset, cluster: Stand, groups: int, weights: Sequence[str])
 def run(options: argparse.Namespace) -> None:
     """Measure and publish."""
     preset, here = PRESETS[options.preset], machine(("transformers",))
+    if options.rounds is not None:
+        preset = replace(preset, rounds=options.rounds)
     with stand() as cluster:
         results = measure(preset, cluster, options.groups, options.weights or WEIGHTS)
     lines = summary(results.rates, results.agreements, results.choices, results.skipped)
@@ -267,6 +269,7 @@ if __name__ == "__main__":
     command_line = parser("Compare generation by pimoe, transformers and llama.cpp.", PRESETS)
     command_line.add_argument("--groups", type=int, default=GROUPS, help="expert groups (%(default)s)")
     command_line.add_argument("--weights", action="append", choices=WEIGHTS, help="only these (both)")
+    command_line.add_argument("--rounds", type=int, help="of each comparison (the preset's)")
     command_line.add_argument("--svg", metavar="FILE", help="draw tokens/s over sequences there")
     arguments = command_line.parse_args()
     supervised(lambda: run(arguments))

@@ -1,6 +1,6 @@
 """What it costs that experts live in other processes: the same engine in-process, in 2 and in 4 group processes.
 
-    python load_tests/isolation_tax.py [--preset tiny] [--weights NAME] [--json FILE] [--svg FILE]
+    python load_tests/isolation_tax.py [--preset tiny] [--weights NAME] [--rounds N] [--json FILE] [--svg FILE]
 
 No Ray, no HTTP: `LocalRuntime`. All ways are up at the same time and take turns. Afterwards such steps run
 once more with a clock around each part, to say where a layer's time goes. See README.md.
@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from generation import WEIGHTS, Way, by_router, quantization, streaming, unknown_weights
@@ -193,6 +193,8 @@ def measure(preset: Preset, weights: Sequence[str]) -> Results:
 def run(options: argparse.Namespace) -> None:
     """Measure and publish."""
     preset, here = PRESETS[options.preset], machine()
+    if options.rounds is not None:
+        preset = replace(preset, rounds=options.rounds)
     results = measure(preset, options.weights or WEIGHTS)
     lines = summary(results)
     facts = {"machine": here, "preset": options.preset, **asdict(results), "summary": lines}
@@ -205,6 +207,7 @@ def main() -> int:
     """The command line. The groups' processes end with this one."""
     command_line = parser("Measure what it costs that experts live in other processes.", PRESETS)
     command_line.add_argument("--weights", action="append", choices=WEIGHTS, help="only these (both)")
+    command_line.add_argument("--rounds", type=int, help="of each comparison (the preset's)")
     command_line.add_argument("--svg", metavar="FILE", help="draw tokens/s over sequences there")
     try:
         run(command_line.parse_args())
