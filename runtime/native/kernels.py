@@ -8,6 +8,8 @@ depend on the rows beside it, to the bit. The sources lie beside this file; they
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import os
 from enum import IntEnum
 from typing import Any
@@ -21,6 +23,7 @@ from ..errors import ConfigurationError
 from .packing import HALF, PANEL, interleaved, pack, padded, quantize
 
 _VARIABLE = "PIMOE_NATIVE"
+_LARGE_PAGE = 2 * 2**20
 
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
@@ -91,6 +94,18 @@ def supports(dtype: torch.dtype, device: torch.device | str, k: int) -> bool:
     return available() and torch.device(device).type == "cpu" and kind_of(dtype, False) is not None and k % 2 == 0
 
 
+def _on_large_pages(numbers: int, dtype: torch.dtype) -> Tensor:
+    """Memory for weights, which are read from one end to the other: on pages of 2 MB, where the system has them, a
+    core read them 1.2 to 1.3 times as fast."""
+    size = numbers * dtype.itemsize
+    if size < 2 * _LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(numbers, dtype=dtype)
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype, count=numbers)
+
+
 class PackedMatrices:
     """One or several matrices of one shape, packed, one after the other.
 
@@ -106,7 +121,7 @@ class PackedMatrices:
         self._int8 = kind in (Kind.I8_F32, Kind.I8_BF16)
         self._padded = padded(columns, PANEL)
         dtype = torch.int8 if self._int8 else torch.float32 if kind == Kind.F32 else torch.bfloat16
-        self._weights = torch.empty(count, self._padded * k, dtype=dtype)
+        self._weights = _on_large_pages(count * self._padded * k, dtype).view(count, -1)
         self._scales = torch.ones(count, self._padded) if self._int8 else None
         self._bias = torch.zeros(count, self._padded) if has_bias else None
         tensors = (self._weights, self._scales, self._bias)
