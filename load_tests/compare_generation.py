@@ -71,7 +71,7 @@ class Preset:
 
     rounds: int = 3
     sequences: tuple[int, ...] = (1, 8, 32)
-    decode: tuple[int, int] = (16, 32)
+    decode: tuple[int, int] = (16, 24)
     prefill_tokens: int = 128
     shape: Shape = field(default_factory=Shape)
 
@@ -183,6 +183,7 @@ async def _measure_case(weights: str, case: Case, ways: Sequence[Way], rounds: i
     for way in ways:
         await way.ask(case.prompts(seed=98), min(case.max_tokens, _WARM_UP_TOKENS))
     rates = await take_turns(rounds, {way.name: measured(way) for way in ways})
+    progress("; ".join(f"{name} {statistics.median(values):,.0f}" for name, values in rates.items()))
     llama_rates = next((values for name, values in rates.items() if name.startswith(LLAMA)), None)
     results.rates += [
         Rate(

@@ -21,8 +21,8 @@ from switch_engines import Answer, Prompt
 
 LLAMA_PYTHON = Path(__file__).parents[1] / ".venv" / "llama" / "bin" / "python"
 EXPERTS = ("eager", "batched_mm", "grouped_mm")
-# batched_mm copies the weights of every pair of token and expert: for a hundred tokens of prompts it takes seconds,
-# where the others take a tenth of one.
+# batched_mm copies the weights of every pair of token and expert: for a hundred tokens of prompts it takes
+# seconds, where the others take a tenth of one.
 _BATCHED_MM_TOKENS = 64
 _CLOSE_TIMEOUT_S = 10.0
 

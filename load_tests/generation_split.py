@@ -16,7 +16,6 @@ from typing import Any
 from unittest.mock import patch
 
 from pimoe.runtime.generation.step_runner import StepRunner
-from pimoe.runtime.model import decoder as decoder_module
 from pimoe.runtime.router.router import Router
 from pimoe.runtime.routing import dispatch as dispatch_module
 from pimoe.runtime.routing.dispatch import Dispatched, GroupBackend
@@ -30,8 +29,8 @@ class StepTimes:
         tokens: computed in it.
         attention: with both norms and the residual.
         gate: choosing experts.
-        plan: cutting the routing into one piece per group, and gathering their rows.
-        link: waiting for groups beyond the computing of the slowest one.
+        plan: cutting the routing into one piece per group, and counting.
+        link: gathering rows, sending and waiting for groups, beyond the computing of the slowest one.
         expert: computing of the slowest group of each layer; in this process, of all of them.
         combine: adding up what the groups answered, and the residual.
         other: scheduling, embedding, logits, sampling, handing out.
@@ -126,7 +125,7 @@ def split(router: Router) -> Iterator[list[StepTimes]]:
     replaced: list[tuple[Any, str, Any]] = [
         (decoder, "_attend", clock.timed("attention", decoder._attend)),
         (decoder, "_route", clock.timed("gate", decoder._route)),
-        (decoder_module, "_combine", clock.timed("combine", decoder_module._combine)),
+        (decoder, "_combine", clock.timed("combine", decoder._combine)),
         (dispatch_module, "combine", clock.timed("combine", dispatch_module.combine)),
         (dispatcher, "run_counted", clock.dispatch(dispatcher.run_counted, dispatcher.groups)),
         (runner, "_forward", clock.forward(runner._forward)),

@@ -133,6 +133,7 @@ async def _speeds(weights: str, preset: Preset, sequences: int, contenders: Sequ
         prompts = preset.prompts(sequences, _WARM_UP_ROUND)
         await contender.way.ask(prompts, preset.learning_tokens if contender.processes else preset.max_tokens)
     found = await take_turns(preset.rounds, {one.way.name: measured(one) for one in contenders})
+    progress("; ".join(f"{name} {statistics.median(values):,.0f}" for name, values in found.items()))
     local = [found[one.way.name] for one in contenders if not one.processes]
     best = [max(values) for values in zip(*local, strict=True)]
     return [
