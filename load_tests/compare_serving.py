@@ -21,9 +21,9 @@ from report import cores, machine, machine_line, parser, progress, publish
 from serving_contenders import Contender, contenders
 from serving_model import Sample, write_model
 from serving_rounds import Measured, Preset, measure
-from serving_tables import charts, closed_rows, open_rows, server_rows, target_rows, text
-from serving_wrk import MISSING, find_wrk
+from serving_tables import charts, closed_rows, failures, open_rows, server_rows, target_rows, text
 from stand import supervised
+from wrk import is_installed
 
 MODEL_NAME = "layer"
 PRESETS = {
@@ -34,12 +34,14 @@ PRESETS = {
         open_shares=(),
         open_rates=(20.0,),
         open_s=1.0,
-        bodies=32,
+        bodies=16,
         ceiling_times=3,
     ),
     "default": Preset(),
 }
-TINY_SERVERS = ("pimoe", "serve-haproxy", "starlette")
+TINY_SERVERS = ("pimoe", "serve", "starlette")
+WRK = "wrk with one thread"
+WITHOUT_WRK = "wrk is not installed (Debian: apt-get install wrk), so by a slower generator of our own"
 
 
 def chosen(options: argparse.Namespace) -> list[Contender]:
@@ -81,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = write_model(Path(folder) / MODEL_NAME)
         found = measure(present, model, Sample(model, preset.bodies), preset, ceiling)
-    skipped |= {one.title: reason for one in present if (reason := found[one.key].failed) is not None}
+    skipped |= failures(present, found)
     facts = facts_of(present, found, preset, statistics.median(ceiling))
     facts = {"machine": here, "preset": options.preset, **facts, "skipped": skipped}
     if options.svg is not None:
@@ -94,11 +96,10 @@ def facts_of(
 ) -> dict[str, object]:
     """Rows of everything."""
     closed = closed_rows(present, found)
-    wrk = find_wrk()
-    load = f"wrk with one thread, {preset.bodies} bodies in turn" if wrk else MISSING
+    load = WRK if is_installed() else WITHOUT_WRK
     rounds = f"{preset.rounds} round{'s' if preset.rounds > 1 else ''} of {preset.closed_s} s each, medians"
     return {
-        "load": f"{load}; {rounds}",
+        "load": f"{load}; {preset.bodies} bodies in turn; {rounds}",
         "closed": closed,
         "open": open_rows(present, found),
         "servers": server_rows(present, found),

@@ -21,9 +21,13 @@ class Answer:
     body: bytes
 
 
-def request_bytes(path: str, headers: Mapping[str, str], body: bytes) -> bytes:
-    """A POST, ready to be sent."""
-    lines = [f"POST {path} HTTP/1.1", "Host: 127.0.0.1", f"Content-Length: {len(body)}"]
+def request_bytes(
+    path: str, headers: Mapping[str, str], body: bytes, method: str = "POST", host: str = "127.0.0.1"
+) -> bytes:
+    """A request, ready to be sent; an empty body is none."""
+    lines = [f"{method} {path} HTTP/1.1", f"Host: {host}"]
+    if body:
+        lines.append(f"Content-Length: {len(body)}")
     lines += [f"{name}: {value}" for name, value in headers.items()]
     return ("\r\n".join(lines) + "\r\n\r\n").encode() + body
 
@@ -39,13 +43,13 @@ class Connection(asyncio.Protocol):
         self.is_open = False
 
     @classmethod
-    async def connect(cls, port: int) -> Connection:
-        """To loopback.
+    async def connect(cls, port: int, host: str = "127.0.0.1") -> Connection:
+        """Open one.
 
         Raises:
             OSError: nobody listens.
         """
-        _, connection = await asyncio.get_running_loop().create_connection(cls, "127.0.0.1", port)
+        _, connection = await asyncio.get_running_loop().create_connection(cls, host, port)
         return connection
 
     async def ask(self, request: bytes) -> Answer:

@@ -121,6 +121,8 @@ def _after_json(body: bytes) -> bytes:
 _RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Workers would otherwise run at a lower priority than whoever started them; pimoe's own cluster says the same.
+    "RAY_worker_niceness": "0",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
 }
 _HAPROXY = {

@@ -42,6 +42,11 @@ class Server:
     pid: int
     start_s: float
 
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+        return f"http://127.0.0.1:{self.port}{self.contender.path}"
+
     def memory_bytes(self) -> int:
         """Of all its processes: proportional set size, so that what they share counts once."""
         return sum(_pss_bytes(pid) for pid in (self.pid, *descendants(self.pid)))

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
+import http.client
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from closed_loop import measure as closed_loop
 from report import progress
 from serving_client import Connection, request_bytes, run
 from serving_contenders import Contender
 from serving_model import Sample, WrongAnswerError
 from serving_open_loop import OpenLoop, offer, poisson
-from serving_process import Server, StartError, running
-from serving_wrk import ClosedLoop, find_wrk, with_wrk, without_wrk
+from serving_process import Server, StartError, ask, running
+from wrk import Load, Target, WrkError
+
+MOST_ERRORS = 0.01  # of requests; a server that fails more often is not measured
+_IDLE_TIMEOUT_S = 60.0
+
+
+class ServerError(Exception):
+    """A server does not answer any more, or not rightly."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +58,20 @@ class Measured:
     Attributes:
         closed: by connections.
         open: by requests/s offered.
+        faults: by connections: why it has no rate there.
         failed: why it was given up.
     """
 
     start_s: list[float] = field(default_factory=list)
     memory_bytes: list[int] = field(default_factory=list)
-    closed: dict[int, list[ClosedLoop]] = field(default_factory=dict)
+    closed: dict[int, list[Load]] = field(default_factory=dict)
     open: dict[float, OpenLoop] = field(default_factory=dict)
+    faults: dict[int, str] = field(default_factory=dict)
     failed: str | None = None
+
+    def rates(self) -> dict[int, list[Load]]:
+        """What counts, by connections."""
+        return {count: loads for count, loads in self.closed.items() if count not in self.faults}
 
 
 def measure(
@@ -83,25 +98,30 @@ def measure(
                 progress(f"round {number + 1} of {preset.rounds}: {contender.title}")
                 try:
                     _one_round(contender, model, sample, preset, rates, measured)
-                except (StartError, WrongAnswerError, RuntimeError, OSError) as error:
+                except (StartError, WrongAnswerError, ServerError, WrkError, OSError) as error:
                     measured.failed = f"{type(error).__name__}: {error}"
-                    progress(f"{contender.title} failed: {error}")
-                else:
-                    done = [f"{loops[-1].requests_per_s:,.0f}" for loops in measured.closed.values()]
-                    progress(f"{contender.title}: {' / '.join(done)} requests/s")
+                progress(f"{contender.title}: {_said(measured)}")
     return found
+
+
+def _said(measured: Measured) -> str:
+    if measured.failed is not None:
+        return f"failed: {measured.failed}"
+    rates = " / ".join(f"{loads[-1].requests_per_s:,.0f}" for loads in measured.closed.values())
+    faults = "".join(f"; at {count} connections it {fault}" for count, fault in measured.faults.items())
+    return f"{rates} requests/s{faults}"
 
 
 def best_rival(contenders: Sequence[Contender], found: dict[str, Measured]) -> float:
     """The most requests/s that any of them did in any closed loop so far; 0 without any."""
-    loops = [
-        loop
+    loads = [
+        load
         for contender in contenders
-        if not contender.is_ours
-        for rounds in found[contender.key].closed.values()
-        for loop in rounds
+        if not contender.is_ours and found[contender.key].failed is None
+        for rounds in found[contender.key].rates().values()
+        for load in rounds
     ]
-    return max((loop.requests_per_s for loop in loops), default=0.0)
+    return max((load.requests_per_s for load in loads), default=0.0)
 
 
 def _one_round(
@@ -112,21 +132,44 @@ def _one_round(
     rates: Sequence[float],
     measured: Measured,
 ) -> None:
-    bodies = sample.bodies
-    requests = [request_bytes(contender.path, contender.headers, body) for body in bodies]
-    with running(contender, model, sample) as server, tempfile.TemporaryDirectory() as folder:
-        run(lambda: check_all(server, requests, sample, max(preset.connections)))
-        file = Path(folder) / "bodies"
-        closed_loop(server, bodies, requests, file, (max(preset.connections), preset.warm_s))
+    requests = [request_bytes(contender.path, contender.headers, body) for body in sample.bodies]
+    most = max(preset.connections)
+    with running(contender, model, sample) as server:
+        run(lambda: check_all(server, requests, sample, most))
+        target = Target(server.url, "POST", contender.headers, sample.bodies)
+        closed_loop(target, most, preset.warm_s)
         measured.memory_bytes.append(server.memory_bytes())
         for connections in preset.connections:
-            loop = closed_loop(server, bodies, requests, file, (connections, preset.closed_s))
-            measured.closed.setdefault(connections, []).append(loop)
+            until_idle(server, sample)
+            load = closed_loop(target, connections, preset.closed_s)
+            measured.closed.setdefault(connections, []).append(load)
+            if (fault := load.fault(MOST_ERRORS)) is not None:
+                measured.faults.setdefault(connections, fault)
         for rate in rates:
+            until_idle(server, sample)
             due = poisson(rate, preset.open_s)
             measured.open[rate] = run(lambda due=due: offer(server.port, requests, due))
+        until_idle(server, sample)
     # Only what was measured to its end counts.
     measured.start_s.append(server.start_s)
+
+
+def until_idle(server: Server, sample: Sample) -> None:
+    """Wait for a right answer. A load ends in the middle of requests, and a server without batching computes them
+    all, one by one, though nobody waits any more: what is measured next would wait behind them.
+
+    Raises:
+        WrongAnswerError: another tensor than before the load.
+        ServerError: none came in time.
+    """
+    until = time.monotonic() + _IDLE_TIMEOUT_S
+    while True:
+        try:
+            return sample.check(0, ask(server.contender, server.port, sample.bodies[0], _IDLE_TIMEOUT_S))
+        except (OSError, http.client.HTTPException) as error:
+            if time.monotonic() > until:
+                raise ServerError(f"no answer after a load: {error}") from error
+            time.sleep(0.1)
 
 
 async def check_all(server: Server, requests: Sequence[bytes], sample: Sample, connections: int) -> None:
@@ -150,14 +193,3 @@ async def check_all(server: Server, requests: Sequence[bytes], sample: Sample, c
 
     async with asyncio.timeout(60):
         await asyncio.gather(*(caller() for _ in range(connections)))
-
-
-def closed_loop(
-    server: Server, bodies: Sequence[bytes], requests: Sequence[bytes], file: Path, load: tuple[int, int]
-) -> ClosedLoop:
-    """With wrk, or without. `load`: connections and seconds."""
-    wrk = find_wrk()
-    if wrk is None:
-        return without_wrk(server.port, requests, load)
-    url = f"http://127.0.0.1:{server.port}{server.contender.path}"
-    return with_wrk(wrk, url, list(server.contender.headers.items()), bodies, file, load)

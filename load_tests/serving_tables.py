@@ -40,20 +40,32 @@ def closed_rows(contenders: Sequence[Contender], found: Mapping[str, Measured]) 
             "is_ours": contender.is_ours,
             "is_batching": contender.is_batching,
             "connections": connections,
-            "requests_per_s": statistics.median(loop.requests_per_s for loop in loops),
-            "p50_ms": 1e3 * statistics.median(loop.p50_s for loop in loops),
-            "p99_ms": 1e3 * statistics.median(loop.p99_s for loop in loops),
-            "errors": sum(loop.errors for loop in loops),
-            "rounds": [round(loop.requests_per_s, 1) for loop in loops],
+            "requests_per_s": statistics.median(load.requests_per_s for load in loads),
+            "p50_ms": statistics.median(load.p50_us for load in loads) / 1e3,
+            "p99_ms": statistics.median(load.p99_us for load in loads) / 1e3,
+            "errors": sum(load.failed for load in loads),
+            "rounds": [round(load.requests_per_s, 1) for load in loads],
         }
         for contender, measured in _measured(contenders, found)
-        for connections, loops in measured.closed.items()
+        for connections, loads in measured.rates().items()
     ]
     for row in rows:
         rivals = [other for other in rows if not other["is_ours"] and other["connections"] == row["connections"]]
         best = max((other["requests_per_s"] for other in rivals), default=0.0)
         row["ratio"] = row["requests_per_s"] / best if best else None
     return rows
+
+
+def failures(contenders: Sequence[Contender], found: Mapping[str, Measured]) -> dict[str, str]:
+    """Who has no rate, with the reason, of the whole server or at a number of connections."""
+    told = {}
+    for contender in contenders:
+        measured = found[contender.key]
+        if measured.failed is not None:
+            told[contender.title] = f"failed: {measured.failed}"
+        for connections, fault in measured.faults.items():
+            told[f"{contender.title} at {connections} connections"] = f"failed: {fault}"
+    return told
 
 
 def open_rows(contenders: Sequence[Contender], found: Mapping[str, Measured]) -> list[Row]:
@@ -107,9 +119,14 @@ def _is_batching_rival(row: Row, connections: int) -> bool:
     return not row["is_ours"] and row["is_batching"] and row["connections"] == connections
 
 
-def _target(name: str, value: float, wanted: float, at_most: bool = False) -> Row:
-    reached = value <= wanted if at_most else value >= wanted
-    return {"target": name, "value": value, "wanted": wanted, "at_most": at_most, "reached": reached}
+def _target(what: str, value: float, wanted: float, at_most: bool = False) -> Row:
+    return {
+        "what": what,
+        "target": f"{'at most' if at_most else 'at least'} {wanted:g}x",
+        "measured": f"{value:.2f}x",
+        "reached": value <= wanted if at_most else value >= wanted,
+        "value": value,
+    }
 
 
 def _measured(contenders: Sequence[Contender], found: Mapping[str, Measured]) -> list[tuple[Contender, Measured]]:
@@ -127,7 +144,7 @@ def text(facts: Mapping[str, Any]) -> str:
         parts.append(_open_table(facts["open"]))
     parts.append(_server_table(facts["servers"]))
     parts.append(_target_table(facts["targets"], facts["ceiling"]))
-    skipped = [f"skipped: {title}: {reason}" for title, reason in facts["skipped"].items()]
+    skipped = [f"left out: {title}: {reason}"[:150] for title, reason in facts["skipped"].items()]
     parts.append("\n".join([*skipped, f"Load: {facts['load']}.", *worse(facts["closed"], facts["open"])]))
     return "\n\n".join(parts)
 
@@ -190,12 +207,7 @@ def _server_table(rows: Sequence[Row]) -> str:
 
 def _target_table(rows: Sequence[Row], ceiling: Mapping[str, float]) -> str:
     lines = [
-        (
-            row["target"],
-            f"{row['value']:.2f}x",
-            f"{'at most' if row['at_most'] else 'at least'} {row['wanted']:g}x",
-            "reached" if row["reached"] else "MISSED",
-        )
+        (*(row[name] for name in ("what", "measured", "target")), "reached" if row["reached"] else "MISSED")
         for row in rows
     ]
     title = f"Targets (plain torch forward, {ceiling['tokens']} tokens: {ceiling['tokens_per_s']:,.0f} tokens/s)"

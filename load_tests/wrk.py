@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+TIMEOUT_S = 30.0  # a request that takes longer is an error
+ERRORS = ("connect", "read", "write", "status", "timeout")
 _SLACK_S = 60.0  # to start, and to end what is under way
 _REPORT = "wrk-report "
 
@@ -50,7 +52,6 @@ class Load:
     p90_us: float
     p99_us: float
     max_us: float
-    received_bytes: int
     errors: Mapping[str, int]
     generator: str = "wrk"
 
@@ -64,6 +65,16 @@ class Load:
         """Of all kinds."""
         return sum(self.errors.values())
 
+    def fault(self, most: float) -> str | None:
+        """Why this is no measurement: nobody was answered well, or more than this share of requests failed."""
+        asked = self.requests + self.failed - self.errors.get("status", 0)
+        kinds = ", ".join(f"{kind} {count}" for kind, count in self.errors.items() if count)
+        if self.requests <= self.errors.get("status", 0):
+            return f"answered nothing in {self.seconds:.1f} s" + (f" ({kinds})" if kinds else "")
+        if self.failed > most * asked:
+            return f"{self.failed:,} of {asked:,} requests failed ({kinds})"
+        return None
+
 
 class WrkError(Exception):
     """wrk ended without a report."""
@@ -74,7 +85,7 @@ def is_installed() -> bool:
     return shutil.which("wrk") is not None
 
 
-def run(target: Target, connections: int, seconds: float, threads: int = 1, timeout_s: float = 30.0) -> Load:
+def run(target: Target, connections: int, seconds: float, threads: int = 1, timeout_s: float = TIMEOUT_S) -> Load:
     """Let wrk ask `target` over so many connections for so long (whole seconds, at least one).
 
     Raises:
@@ -132,7 +143,7 @@ end
 function done(summary, latency)
   local errors = summary.errors
   io.write("wrk-report {{",
-    string.format('"requests": %d, "us": %d, "bytes": %d, ', summary.requests, summary.duration, summary.bytes),
+    string.format('"requests": %d, "us": %d, ', summary.requests, summary.duration),
     string.format('"connect": %d, "read": %d, "write": %d, ', errors.connect, errors.read, errors.write),
     string.format('"status": %d, "timeout": %d, ', errors.status, errors.timeout),
     string.format('"p50": %d, "p90": %d, ', latency:percentile(50), latency:percentile(90)),
@@ -158,6 +169,5 @@ def _parsed(done: subprocess.CompletedProcess[str]) -> Load:
         p90_us=found["p90"],
         p99_us=found["p99"],
         max_us=found["max"],
-        received_bytes=found["bytes"],
-        errors={kind: found[kind] for kind in ("connect", "read", "write", "status", "timeout")},
+        errors={kind: found[kind] for kind in ERRORS},
     )
