@@ -78,10 +78,11 @@ def summary(
 ) -> list[str]:
     """How transformers computed, whose tokens agree, the targets, and where pimoe is worse."""
     lines = [f"transformers' fastest way: {_chosen(choices)}."]
-    if agreements:
-        first, answers = sum(a.same_first for a in agreements), sum(a.answers for a in agreements)
+    for weights in dict.fromkeys(agreement.weights for agreement in agreements):
+        mine = [agreement for agreement in agreements if agreement.weights == weights]
+        first, answers = sum(a.same_first for a in mine), sum(a.answers for a in mine)
         lines.append(
-            f"First tokens equal to transformers': {first:,} of {answers:,}; same tokens: up to the first "
+            f"{weights}: first tokens equal to transformers': {first:,} of {answers:,}; same tokens: up to the first "
             "other one, where rounding tips the balance and both go on from different texts."
         )
     lines += _targets(rates)
