@@ -82,8 +82,8 @@ def summary(
         mine = [agreement for agreement in agreements if agreement.weights == weights]
         first, answers = sum(a.same_first for a in mine), sum(a.answers for a in mine)
         lines.append(
-            f"{weights}: first tokens equal to transformers': {first:,} of {answers:,}; same tokens: up to the first "
-            "other one, where rounding tips the balance and both go on from different texts."
+            f"{weights}: first tokens equal to transformers': {first:,} of {answers:,}; same tokens: up to the "
+            "first other one, where rounding tips the balance and both go on from different texts."
         )
     lines += _targets(rates)
     lines += _worse(rates)
