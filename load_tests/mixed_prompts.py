@@ -34,7 +34,7 @@ GROUPS = 2
 TARGET_RATIO = 3.0
 _NO_CHUNKS = {"max_step_tokens": 1 << 20}
 _PEAKS = ("running", "preempted", "queue.items", "kv_bytes", "kv_blocks.held", "kv_blocks.total")
-_WATCH_S = 0.5
+_WATCH_S = (0.02, 0.5)
 
 _TINY = Shape(64, 2, num_experts=4, top_k=2, expert_size=64, num_heads=2, num_kv_heads=1, dtype="float32")
 PRESETS = {
@@ -64,11 +64,13 @@ Measured = tuple[list[Result], Totals]
 
 
 async def _watch(client: AsyncClient, peaks: dict[str, float]) -> None:
+    pause_s, longest_s = _WATCH_S  # often at first: a small load is over before the longest pause
     while True:
         page = await _engine(client)
         for name in _PEAKS:
             peaks[name] = max(peaks.get(name, 0.0), page.get(name, 0.0))
-        await asyncio.sleep(_WATCH_S)
+        await asyncio.sleep(pause_s)
+        pause_s = min(longest_s, 2 * pause_s)
 
 
 async def _served(way: str, preset: Preset, url: str) -> Measured:
