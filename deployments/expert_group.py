@@ -92,4 +92,5 @@ class ExpertGroupReplica:
     async def _stop(self) -> None:
         self._server.drain()  # routers send their next dispatches elsewhere ...
         await asyncio.sleep(_DRAIN_S)  # ... and what is on its way is still answered
+        self._handler.close()
         await self._server.close()

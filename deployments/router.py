@@ -17,6 +17,7 @@ from ..runtime.links import LinkPool, LinkServer
 from ..runtime.loop_thread import LoopThread
 from ..runtime.model.checkpoint import Checkpoint
 from ..runtime.model.loading import load_trunk
+from ..runtime.native import kernels
 from ..runtime.router.limits import RouterLimits
 from ..runtime.router.router import Router
 from ..runtime.router.server import RouterHandler
@@ -49,6 +50,7 @@ class RouterReplica:
 
     def __init__(self, config: RouterConfig, links: LinkConfig, group_handles: list[Any]) -> None:
         torch.set_num_threads(config.threads)
+        kernels.use_all_cores()
         self._config = config
         self._device = choose_device(config.device)
         self._trunk = load_trunk(

@@ -26,6 +26,7 @@ from .links.authentication import new_secret
 from .model.checkpoint import Checkpoint
 from .model.families import read_spec
 from .model.loading import load_trunk
+from .native import kernels
 from .router.limits import RouterLimits
 from .router.router import Router
 from .routing.dispatch import Dispatcher, GroupBackend
@@ -102,6 +103,7 @@ class LocalRuntime:
                     )
                     for index, experts in enumerate(placement.groups)
                 ]
+                kernels.use_all_cores()
                 processes = await _start_processes(configs, replicas, cleanup)
                 pools = [_pool(c.name, group, secret) for c, group in zip(configs, processes, strict=True)]
                 for pool in pools:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
 from ..errors import DeadlineExceededError, LinkProtocolError
 from ..links import LinkPool, Packed, SentCall
+from ..links.pool import PooledLink
 from ..routing.plan import ExpertRows
 from .group import ExpertGroup
+from .lanes import Lane
 from .server import METHOD
 from .wire import pack_rows, unpack_sums
 
@@ -24,6 +27,7 @@ class RemoteGroup:
     def __init__(self, pool: LinkPool) -> None:
         self.pool = pool
         self._computed_s = 0.0
+        self._lanes: WeakKeyDictionary[PooledLink, Lane] = WeakKeyDictionary()
 
     @property
     def replicas(self) -> int:
@@ -34,6 +38,15 @@ class RemoteGroup:
     def computed_s(self) -> float | None:
         """See `GroupBackend`."""
         return self._computed_s
+
+    def lane(self) -> Lane | None:
+        """See `LaneBackend`."""
+        link = self.pool.free_link()
+        if link is None:
+            return None
+        if (lane := self._lanes.get(link)) is None or lane.may_be_replaced:
+            lane = self._lanes[link] = Lane(link)
+        return lane
 
     async def run(self, layer: int, rows: ExpertRows, deadline: float) -> Tensor:
         """See `GroupBackend`."""

@@ -14,6 +14,7 @@ from ..errors import CheckpointError, InvalidTensorError
 from ..model.checkpoint import Checkpoint
 from ..model.spec import ExpertSpec
 from ..routing.plan import ExpertRows
+from .lanes import lane_table
 from .layers import LayerExperts
 from .loading import load_layers
 from .options import DEFAULTS, ExpertOptions
@@ -34,12 +35,16 @@ class ExpertGroup:
     Args:
         experts: global ids; an expert's place is its local id.
         layers: MoE layer index -> that layer's experts, in the order of `experts`.
+
+    Attributes:
+        lanes: what lanes compute from, beside `forward`; None where there can be none.
     """
 
     def __init__(self, experts: Sequence[int], layers: Mapping[int, LayerExperts], hidden_size: int) -> None:
         self.experts = tuple(experts)
         self.layers = dict(layers)
         self.hidden_size = hidden_size
+        self.lanes = lane_table(self.layers)
         self._batches = self._rows = self._pairs = 0
         self._busy_s = 0.0
 
@@ -74,7 +79,10 @@ class ExpertGroup:
 
     def statistics(self) -> GroupStatistics:
         """See `GroupStatistics`."""
-        return GroupStatistics(self._batches, self._rows, self._pairs, self._busy_s)
+        batches, rows, pairs, busy_s = (0, 0, 0, 0.0) if self.lanes is None else self.lanes.counted()
+        return GroupStatistics(
+            self._batches + batches, self._rows + rows, self._pairs + pairs, self._busy_s + busy_s
+        )
 
     def forward(self, layer: int, rows: ExpertRows) -> Tensor:
         """The rows' weighted sums over this group's experts: `[rows, hidden]` float32.

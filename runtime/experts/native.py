@@ -29,6 +29,9 @@ class NativeExperts:
         spec: of all experts of the model; `has_native` of it holds.
         dtype: of rows.
         int8: whether weights are rounded to int8, with a scale for each output.
+
+    Attributes:
+        packed: what computes.
     """
 
     def __init__(self, num_experts: int, spec: ExpertSpec, dtype: torch.dtype, int8: bool) -> None:
@@ -36,7 +39,7 @@ class NativeExperts:
         assert kind is not None
         clamp = (1.0, 0.0) if spec.stacked is None else (spec.stacked.alpha, spec.stacked.limit)
         self._dtype = dtype
-        self._packed = kernels.PackedExperts(
+        self.packed = kernels.PackedExperts(
             num_experts,
             spec.hidden_size,
             spec.intermediate_size,
@@ -48,13 +51,13 @@ class NativeExperts:
 
     def store(self, expert: int, tensors: ExpertTensors) -> None:
         """Takes over one expert's tensors."""
-        self._packed.store(expert, tensors.gate_up, tensors.down, tensors.biases)
+        self.packed.store(expert, tensors.gate_up, tensors.down, tensors.biases)
 
     @property
     def weights_bytes(self) -> int:
         """See `LayerExperts`."""
-        return self._packed.nbytes
+        return self.packed.nbytes
 
     def partial_sums(self, rows: ExpertRows) -> Tensor | None:
         """See `LayerExperts`."""
-        return self._packed(rows.hidden.to(self._dtype), rows.offsets, rows.experts, rows.weights)
+        return self.packed(rows.hidden.to(self._dtype), rows.offsets, rows.experts, rows.weights)

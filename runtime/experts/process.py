@@ -155,6 +155,7 @@ async def _serve(config: GroupProcessConfig, address: str, parent: TextIO) -> No
         _say(parent, {"pid": os.getpid(), **handler.describe()})
         await _end_of_stdin()
     finally:
+        handler.close()
         await server.close()
 
 

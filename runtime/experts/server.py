@@ -1,4 +1,4 @@
-"""A group's end of its links: frames in, `ExpertGroup.forward`, frames out."""
+"""A group's end of its links: frames in, `ExpertGroup.forward`, frames out. And who asks for a lane gets one."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from ..errors import DeadlineExceededError, InvalidRequestError
-from ..links import Call, Packed
+from ..links import Call, Packed, Reply
 from .group import ExpertGroup
+from .lanes import METHOD as LANE_METHOD
+from .lanes import LaneServer
 from .wire import pack_sums, unpack_rows
 
 METHOD = "experts"
@@ -24,15 +26,18 @@ class ExpertGroupHandler:
 
     def __init__(self, group: ExpertGroup, device: str = "cpu") -> None:
         self.group = group
+        self._lanes = None if group.lanes is None else LaneServer(group.lanes)
         self.device = torch.device(device)
 
-    def __call__(self, call: Call) -> Packed:
+    def __call__(self, call: Call) -> Packed | Reply:
         """See `LinkServer`.
 
         Raises:
             InvalidRequestError, InvalidTensorError: the call does not fit the group.
             DeadlineExceededError: its time ran out while others were computed; nothing is spent on it.
         """
+        if call.method == LANE_METHOD:
+            return Reply({} if self._lanes is None else self._lanes.offer())
         if call.method != METHOD or call.packed is None:
             raise InvalidRequestError(f"an expert group answers packed calls of {METHOD!r}, not {call.method!r}")
         started = time.monotonic()
@@ -41,6 +46,11 @@ class ExpertGroupHandler:
         layer, rows = unpack_rows(call.packed, self.device)
         sums = self.group.forward(layer, rows)
         return pack_sums(sums, time.monotonic() - started)
+
+    def close(self) -> None:
+        """Ends all lanes; links are the server's."""
+        if self._lanes is not None:
+            self._lanes.close()
 
     def describe(self) -> dict[str, Any]:
         """What discovery tells routers and the status page of this group."""

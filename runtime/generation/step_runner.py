@@ -84,7 +84,7 @@ class StepRunner:
 
     async def _in_one(self, items: Sequence[StepItem], deadline: float) -> Tensor:
         started, computed_s = self._clock(), self.dispatcher.computed_s()
-        forward = await self._forward(items, deadline)
+        forward = await self._forward(items, deadline, lanes=True)
         self.latency.observe(forward.tokens, forward.largest_expert_tokens, self._clock() - started)
         expert_s = max(self._computed_since(computed_s), default=0.0)
         self.micro_batches.observe_one(ForwardTimes(forward.tokens, forward.trunk_s, expert_s, forward.waited_s))
@@ -92,7 +92,7 @@ class StepRunner:
 
     async def _in_two(self, items: Sequence[StepItem], point: int, deadline: float) -> Tensor:
         started, computed_s = self._clock(), self.dispatcher.computed_s()
-        parts = [self._forward(items[:point], deadline), self._forward(items[point:], deadline)]
+        parts = [self._forward(part, deadline, lanes=False) for part in (items[:point], items[point:])]
         first, second = await gather_or_cancel(parts)
         total_s, tokens = self._clock() - started, first.tokens + second.tokens
         largest = max(first.largest_expert_tokens, second.largest_expert_tokens)
@@ -109,9 +109,10 @@ class StepRunner:
     def _computed_since(self, before: Sequence[float]) -> list[float]:
         return [now - then for now, then in zip(self.dispatcher.computed_s(), before, strict=True)]
 
-    async def _forward(self, items: Sequence[StepItem], deadline: float) -> _Forward:
+    async def _forward(self, items: Sequence[StepItem], deadline: float, lanes: bool) -> _Forward:
+        # Over lanes this thread waits for the experts, and would not compute the other micro-batch meanwhile.
         batch = _batch(items)
-        experts = self.dispatcher.until(deadline)
+        experts = self.dispatcher.until(deadline, lanes)
         started = self._clock()
         logits = await self.decoder.forward(batch, self.cache, experts)
         trunk_s = max(0.0, self._clock() - started - experts.waited_s)

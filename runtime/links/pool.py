@@ -47,6 +47,7 @@ class PooledLink:
     Attributes:
         in_flight: calls of this pool that hold one of the replica's credits.
         named: whether the last discovery named the replica; one that it leaves out is about to stop.
+        companions: called when the link is gone, for what lives as long as it does.
     """
 
     def __init__(self, endpoint: Endpoint, client: LinkClient) -> None:
@@ -54,6 +55,7 @@ class PooledLink:
         self.client = client
         self.in_flight = 0
         self.named = True
+        self.companions: list[Callable[[], None]] = []
         self._received_when_silent = -1
 
     @property
@@ -269,6 +271,8 @@ class LinkPool:
         if self.links.get(link.endpoint.replica_id) is link:
             del self.links[link.endpoint.replica_id]
         link.client.abort()
+        while link.companions:
+            link.companions.pop()()
         self._wake.set()
         self._notify()
 

@@ -1,6 +1,8 @@
 // What a decoder's trunk does around its experts, written once on `Vec` and `tile`. Included after products.h.
 // Every row is computed on its own: its bits do not depend on the rows beside it, nor on the threads.
 
+constexpr int64_t ROWS_EACH = 16;  // that a thread finishes at once
+
 template <class Act> inline float inverse_rms(const Act* row, int64_t count, float eps) {
   Vec squares = Vec::zero();
   for (int64_t c = 0; c < count; c += 16) {
@@ -115,22 +117,16 @@ void project_of(const Attention& layer, const Tokens& tokens, const void* hidden
   const int64_t query_width = layer.heads * layer.head_dim, cached_width = 2 * layer.kv_heads * layer.head_dim;
   Act* normed = normed_memory.get<Act>(count * layer.hidden);
   float* merged = merged_memory.get<float>(count * columns);
-  const int wanted = int(std::min<int64_t>(threads, panels));
-#pragma omp parallel num_threads(wanted) if (wanted > 1)
-  {
-#pragma omp for schedule(static)
-    for (int64_t token = 0; token < count; ++token)
-      norm_row(static_cast<const Act*>(hidden) + token * layer.hidden, static_cast<const Act*>(layer.input_norm),
-               layer.hidden, layer.eps, normed + token * layer.hidden);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t panel = 0; panel < panels; ++panel)
-      panel_into<KIND>(layer.qkv, panel, normed, count, merged, columns);
-#pragma omp for schedule(static)
-    for (int64_t token = 0; token < count; ++token)
-      finish_token(layer, merged + token * columns, tokens.rotary + tokens.positions[token] * 2 * layer.head_dim,
-                   static_cast<Act*>(queries) + token * query_width,
-                   static_cast<Act*>(tokens.cache) + tokens.cache_rows[token] * cached_width);
-  }
+  for (int64_t token = 0; token < count; ++token)
+    norm_row(static_cast<const Act*>(hidden) + token * layer.hidden, static_cast<const Act*>(layer.input_norm),
+             layer.hidden, layer.eps, normed + token * layer.hidden);
+  parallel_for(threads, panels, 1,
+               [&](int64_t panel) { panel_into<KIND>(layer.qkv, panel, normed, count, merged, columns); });
+  parallel_for(threads, count, ROWS_EACH, [&](int64_t token) {
+    finish_token(layer, merged + token * columns, tokens.rotary + tokens.positions[token] * 2 * layer.head_dim,
+                 static_cast<Act*>(queries) + token * query_width,
+                 static_cast<Act*>(tokens.cache) + tokens.cache_rows[token] * cached_width);
+  });
 }
 
 // The queries of one token that share a KV head, over all cached tokens that it sees. Scores in rows of `stride`.
@@ -211,28 +207,23 @@ void attend_of(const Attention& layer, const Tokens& tokens, const Queries& name
   }
   const int64_t stride = (longest + 31) / 16 * 16;
   // A few microseconds of work are not worth waking a thread for.
-  const int wanted = seen * layer.heads < 2048 ? 1 : int(std::min<int64_t>(threads, units));
-  bool enough = true;
-#pragma omp parallel num_threads(wanted) if (wanted > 1)
-  {
+  const int wanted = seen * layer.heads < 2048 ? 1 : threads;
+  std::atomic<bool> enough{true};
+  parallel_for(wanted, units, 1, [&](int64_t unit) {
     static thread_local Scratch score_memory;
     float* scores = nullptr;
     try {
       scores = score_memory.get<float>(stride * (layer.heads / layer.kv_heads));
     } catch (const std::bad_alloc&) {
-#pragma omp atomic write
       enough = false;
+      return;
     }
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t unit = 0; unit < units; ++unit) {
-      if (scores == nullptr) continue;
-      const int64_t query = unit / layer.kv_heads, kv_head = unit % layer.kv_heads;
-      const int64_t row = named.rows[query];
-      attend_unit(layer, tokens, named.blocks + named.tables[query], tokens.positions[row], kv_head,
-                  queries + row * width + kv_head * group_width, out + row * width + kv_head * group_width, scores,
-                  stride);
-    }
-  }
+    const int64_t query = unit / layer.kv_heads, kv_head = unit % layer.kv_heads;
+    const int64_t row = named.rows[query];
+    attend_unit(layer, tokens, named.blocks + named.tables[query], tokens.positions[row], kv_head,
+                queries + row * width + kv_head * group_width, out + row * width + kv_head * group_width, scores,
+                stride);
+  });
   if (!enough) throw std::bad_alloc();
 }
 
@@ -242,33 +233,27 @@ void finish_of(const Attention& layer, const void* attended, const void* hidden,
                void* out, void* normed, int threads) {
   using Act = typename Traits<KIND>::Act;
   const int64_t width = layer.heads * layer.head_dim, panels = layer.output.columns / PANEL;
-  const int wanted = int(std::min<int64_t>(threads, panels));
   Act* const sums = static_cast<Act*>(out);
-#pragma omp parallel num_threads(wanted) if (wanted > 1)
-  {
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      alignas(64) float products[TILE][PANEL];
-      const Act* tiled[TILE];
-      const int64_t first = panel * PANEL, columns = std::min(PANEL, layer.hidden - first);
-      for (int64_t row = 0; row < count;) {
-        const int taken = next_tile(count - row);
-        for (int m = 0; m < taken; ++m)
-          tiled[m] = static_cast<const Act*>(attended) + (rows == nullptr ? row + m : rows[row + m]) * width;
-        tile<KIND>(layer.output, panel, tiled, taken, products);
-        for (int m = 0; m < taken; ++m) {
-          const int64_t source = rows == nullptr ? row + m : rows[row + m];
-          add_of(static_cast<const Act*>(hidden) + source * layer.hidden + first, products[m], columns,
-                 sums + (row + m) * layer.hidden + first);
-        }
-        row += taken;
+  parallel_for(threads, panels, 1, [&](int64_t panel) {
+    alignas(64) float products[TILE][PANEL];
+    const Act* tiled[TILE];
+    const int64_t first = panel * PANEL, columns = std::min(PANEL, layer.hidden - first);
+    for (int64_t row = 0; row < count;) {
+      const int taken = next_tile(count - row);
+      for (int m = 0; m < taken; ++m)
+        tiled[m] = static_cast<const Act*>(attended) + (rows == nullptr ? row + m : rows[row + m]) * width;
+      tile<KIND>(layer.output, panel, tiled, taken, products);
+      for (int m = 0; m < taken; ++m) {
+        const int64_t source = rows == nullptr ? row + m : rows[row + m];
+        add_of(static_cast<const Act*>(hidden) + source * layer.hidden + first, products[m], columns,
+               sums + (row + m) * layer.hidden + first);
       }
+      row += taken;
     }
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < count; ++row)
-      norm_row(sums + row * layer.hidden, static_cast<const Act*>(layer.post_norm), layer.hidden, layer.eps,
-               static_cast<Act*>(normed) + row * layer.hidden);
-  }
+  });
+  for (int64_t row = 0; row < count; ++row)
+    norm_row(sums + row * layer.hidden, static_cast<const Act*>(layer.post_norm), layer.hidden, layer.eps,
+             static_cast<Act*>(normed) + row * layer.hidden);
 }
 
 inline void run_project(const Attention& layer, const Tokens& tokens, const void* hidden, void* queries,

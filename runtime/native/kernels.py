@@ -24,6 +24,7 @@ from .packing import HALF, PANEL, interleaved, pack, padded, quantize
 
 _VARIABLE = "PIMOE_NATIVE"
 _LARGE_PAGE = 2 * 2**20
+_MOST_THREADS = 8
 
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
@@ -58,6 +59,24 @@ def _load() -> tuple[Any, str, bool]:
 
 
 _module, _name, _magnitudes = _load()
+_threads: int | None = None
+
+
+def use_threads(count: int | None) -> None:
+    """How many threads a kernel may use at most, the calling one included; None: as many as torch. Those that help
+    never hold up the one that calls, so that a process may name all cores although others want them as well."""
+    global _threads
+    _threads = count
+
+
+def use_all_cores() -> None:
+    """For a router: its experts are idle while its kernels compute, and it sleeps while they do."""
+    use_threads(min(_MOST_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1))
+
+
+def threads() -> int:
+    """See `use_threads`."""
+    return _threads or torch.get_num_threads()
 
 
 def module() -> Any:
@@ -172,7 +191,7 @@ class PackedLinear:
         out = rows.new_empty((count, matrix.columns), dtype=out_dtype or self.dtype)
         _module.run_product(
             matrix.kind, matrix.handle, rows.data_ptr(), count, out.data_ptr(), out.dtype is torch.float32,
-            matrix.columns, torch.get_num_threads(),
+            matrix.columns, threads(),
         )  # fmt: skip
         return out
 
@@ -203,7 +222,7 @@ class PackedExperts:
         self.gate_up = PackedMatrices(count, 2 * self._inner, hidden, kind, has_bias)
         self.down = PackedMatrices(count, hidden, self._inner, kind, has_bias)
         number = ACTIVATIONS[activation]
-        self._handle = _module.experts(
+        self.handle = _module.experts(
             kind, number, *clamp, count, hidden, self._inner, self.gate_up.handle, self.down.handle
         )
 
@@ -236,8 +255,7 @@ class PackedExperts:
         )
         out = torch.empty(hidden.shape, dtype=torch.float32)
         addresses = [array.ctypes.data for array in arrays]
-        threads = torch.get_num_threads()
         fits = _module.run_experts(
-            self._handle, hidden.data_ptr(), *addresses, out.data_ptr(), rows, pairs, threads
+            self.handle, hidden.data_ptr(), *addresses, out.data_ptr(), rows, pairs, threads()
         )
         return out if fits else None

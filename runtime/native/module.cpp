@@ -4,6 +4,8 @@
 #include <Python.h>
 
 #include "common.h"
+#include "lanes.h"
+#include "pool.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #include <immintrin.h>
@@ -152,16 +154,6 @@ PyObject* experts(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyErr_Occurred() ? nullptr : capsule(std::move(made), "experts");
 }
 
-// Whether every pair names an expert that is there, and every row its own pairs.
-bool fits(const Experts& layer, const Dispatch& work) {
-  if (work.offsets[0] != 0 || work.offsets[work.rows] != work.pairs) return false;
-  for (int64_t row = 0; row < work.rows; ++row)
-    if (work.offsets[row + 1] < work.offsets[row]) return false;
-  for (int64_t pair = 0; pair < work.pairs; ++pair)
-    if (work.experts[pair] < 0 || work.experts[pair] >= layer.experts) return false;
-  return true;
-}
-
 // run_experts(experts, hidden, offsets, experts_of_pairs, weights, out, rows, pairs, threads): whether the pairs fit;
 // if not, nothing was computed.
 PyObject* run_experts(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -172,7 +164,7 @@ PyObject* run_experts(PyObject*, PyObject* const* args, Py_ssize_t count) {
                       pointer<const float>(args[4]), pointer<float>(args[5]),         PyLong_AsLongLong(args[6]),  PyLong_AsLongLong(args[7])};
   const int threads = int(PyLong_AsLong(args[8]));
   if (PyErr_Occurred()) return nullptr;
-  if (!fits(*layer, work)) Py_RETURN_FALSE;
+  if (!pairs_fit(*layer, work)) Py_RETURN_FALSE;
   PyObject* done = released([&] { chosen->experts(*layer, work, threads); });
   if (done == nullptr) return nullptr;
   Py_DECREF(done);
@@ -306,6 +298,51 @@ PyObject* run_route(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
+// serve_lane(socket, layers, control): layers is a list of experts and None; returns when the lane has ended
+PyObject* serve_lane_on(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!expect(count, 3)) return nullptr;
+  const int socket = int(PyLong_AsLong(args[0]));
+  auto* control = pointer<LaneControl>(args[2]);
+  const Py_ssize_t layers = PyList_Size(args[1]);
+  if (layers < 0 || PyErr_Occurred()) return nullptr;
+  std::vector<const Experts*> table;
+  for (Py_ssize_t layer = 0; layer < layers; ++layer) {
+    PyObject* held = PyList_GetItem(args[1], layer);
+    table.push_back(held == Py_None ? nullptr : static_cast<Experts*>(PyCapsule_GetPointer(held, "experts")));
+    if (PyErr_Occurred()) return nullptr;
+  }
+  return released([&] { serve_lane(socket, table.data(), int64_t(layers), control, chosen->experts); });
+}
+
+// dispatch(sockets, groups, group_of, local_of, layer, tokens, top_k, hidden, number_bytes, expert_ids, weights, states,
+// out, timeout_ns, sequence, expert_pairs, group_rows, computed_ns): see dispatch_on_lanes
+PyObject* dispatch(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!expect(count, 18)) return nullptr;
+  const LaneWork work{pointer<const int>(args[0]),
+                      PyLong_AsLongLong(args[1]),
+                      pointer<const int16_t>(args[2]),
+                      pointer<const int32_t>(args[3]),
+                      PyLong_AsLongLong(args[4]),
+                      PyLong_AsLongLong(args[5]),
+                      PyLong_AsLongLong(args[6]),
+                      PyLong_AsLongLong(args[7]),
+                      PyLong_AsLongLong(args[8]),
+                      pointer<const int64_t>(args[9]),
+                      pointer<const float>(args[10]),
+                      pointer<const char>(args[11]),
+                      pointer<float>(args[12]),
+                      PyLong_AsUnsignedLongLong(args[13]),
+                      PyLong_AsUnsignedLongLong(args[14]),
+                      pointer<int64_t>(args[15]),
+                      pointer<int64_t>(args[16]),
+                      pointer<int64_t>(args[17])};
+  int64_t largest = 0;
+  PyObject* done = released([&] { largest = dispatch_on_lanes(work); });
+  if (done == nullptr) return nullptr;
+  Py_DECREF(done);
+  return PyLong_FromLongLong(largest);
+}
+
 #define PIMOE_FAST(name) \
   { #name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(name)), METH_FASTCALL, nullptr }
 
@@ -322,6 +359,8 @@ PyMethodDef methods[] = {
     PIMOE_FAST(run_norm),
     PIMOE_FAST(run_add),
     PIMOE_FAST(run_route),
+    PIMOE_FAST(serve_lane_on),
+    PIMOE_FAST(dispatch),
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -150,15 +150,11 @@ template <int KIND> void experts_of(const Experts& layer, const Dispatch& work, 
   Act* inner = inner_memory.get<Act>(int64_t(sorted.bounds[layer.experts]) * layer.inner);
   const int64_t up_panels = layer.gate_up.columns / PANEL, down_panels = layer.down.columns / PANEL;
   const int64_t up_units = up_panels * sorted.active_count;
-  const int wanted = int(std::min<int64_t>(threads, up_units));
-#pragma omp parallel num_threads(wanted) if (wanted > 1)
-  {
-#pragma omp for schedule(dynamic, 2)
-    for (int64_t unit = 0; unit < up_units; ++unit)
-      up_unit<KIND>(layer, work, sorted, sorted.active[unit / up_panels], unit % up_panels, inner);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t panel = 0; panel < down_panels; ++panel) down_unit<KIND>(layer, work, sorted, panel, inner);
-  }
+  parallel_for(threads, up_units, 2, [&](int64_t unit) {
+    up_unit<KIND>(layer, work, sorted, sorted.active[unit / up_panels], unit % up_panels, inner);
+  });
+  parallel_for(threads, down_panels, 1,
+               [&](int64_t panel) { down_unit<KIND>(layer, work, sorted, panel, inner); });
 }
 
 inline void run_experts(const Experts& layer, const Dispatch& work, int threads) {
@@ -174,9 +170,7 @@ template <int KIND, class Out>
 void product_of(const Matrix& matrix, const typename Traits<KIND>::Act* rows, int64_t count, Out* out,
                 int64_t columns, int threads) {
   const int64_t panels = matrix.columns / PANEL;
-  const int wanted = int(std::min<int64_t>(threads, panels));
-#pragma omp parallel for schedule(dynamic, 2) num_threads(wanted) if (wanted > 1)
-  for (int64_t panel = 0; panel < panels; ++panel) {
+  parallel_for(threads, panels, 2, [&](int64_t panel) {
     alignas(64) float sums[TILE][PANEL];
     const typename Traits<KIND>::Act* tiled[TILE];
     const int64_t first = panel * PANEL, width = std::min(PANEL, columns - first);
@@ -196,7 +190,7 @@ void product_of(const Matrix& matrix, const typename Traits<KIND>::Act* rows, in
       }
       row += taken;
     }
-  }
+  });
 }
 
 // rows [count, k] x matrix -> out [count, columns], in the kind's activations or in float32.

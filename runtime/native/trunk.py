@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .kernels import Int32, PackedLinear, kind_of, module
+from .kernels import Int32, PackedLinear, kind_of, module, threads
 
 _VECTOR = 16  # numbers that a kernel takes at once
 _QK_NORMS = {"none": 0, "head": 1, "full": 2}
@@ -182,15 +182,13 @@ class PackedAttention:
             cache: address of the layer's rows.
         """
         queries = hidden.new_empty((places.count, self._width))
-        threads = torch.get_num_threads()
-        module().run_project(self._handle, *_flat(places, cache), hidden.data_ptr(), queries.data_ptr(), threads)
+        module().run_project(self._handle, *_flat(places, cache), hidden.data_ptr(), queries.data_ptr(), threads())
         return queries
 
     def attend(self, queries: Tensor, attended: AttendedTokens, places: TokenPlaces, cache: int) -> Tensor:
         """`[tokens, heads * head_dim]` of the same shape, of which the rows of `attended` are computed."""
         out = torch.empty_like(queries)
         addresses = [array.ctypes.data for array in (attended.rows, attended.tables, attended.blocks)]
-        threads = torch.get_num_threads()
         module().run_attend(
             self._handle,
             *_flat(places, cache),
@@ -198,7 +196,7 @@ class PackedAttention:
             *addresses,
             queries.data_ptr(),
             out.data_ptr(),
-            threads,
+            threads(),
         )
         return out
 
@@ -214,7 +212,6 @@ class PackedAttention:
         out = hidden.new_empty((count, self.shape.hidden))
         normed = torch.empty_like(out)
         chosen = 0 if rows is None else rows.data_ptr()
-        threads = torch.get_num_threads()
         module().run_finish(
             self._handle,
             attended.data_ptr(),
@@ -223,7 +220,7 @@ class PackedAttention:
             count,
             out.data_ptr(),
             normed.data_ptr(),
-            threads,
+            threads(),
         )
         return out, normed
 

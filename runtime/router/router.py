@@ -145,7 +145,8 @@ class Router:
             if not are_finite(hidden):
                 return await self._run_without_bad(layer, batch, buffer, deadline)
             routing = self.gates[layer](hidden)
-        done = await self.dispatcher.run_counted(layer, hidden, routing, deadline)
+        alone = len(batch) == 1  # else others may come while this thread would wait
+        done = await self.dispatcher.run_counted(layer, hidden, routing, deadline, lanes=alone)
         with torch.inference_mode():
             return self._cut(done.output, batch), done.largest_expert_tokens
 

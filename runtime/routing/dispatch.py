@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,9 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..native.lanes import LaneDispatch
 from ..tasks import gather_or_cancel
 from .plan import ExpertRows, GroupPlan, Placement, combine, plan_dispatch
 from .strategies import Routing
+
+_log = logging.getLogger(__name__)
+
+# A replica that takes longer for a small dispatch hangs, or its machine does; links know what to do then.
+_LANE_TIMEOUT_S = 0.5
 
 
 class GroupBackend(Protocol):
@@ -60,11 +67,34 @@ class SendingBackend(GroupBackend, Protocol):
         ...
 
 
+class OpenLane(Protocol):
+    """A socket over which a group computes dispatches natively, one at a time."""
+
+    @property
+    def descriptor(self) -> int | None:
+        """Of the socket; None while there is none."""
+        ...
+
+    def close(self) -> None:
+        """Ends it for good."""
+        ...
+
+
+@runtime_checkable
+class LaneBackend(GroupBackend, Protocol):
+    """A group that may be on this machine."""
+
+    def lane(self) -> OpenLane | None:
+        """To a replica that takes a dispatch now."""
+        ...
+
+
 class DispatchStatistics(NamedTuple):
-    """Since start: layers dispatched, rows sent to each group, pairs of token and expert computed for each
-    expert, seconds spent waiting for groups."""
+    """Since start: layers dispatched, how many of them over lanes, rows sent to each group, pairs of token and
+    expert computed for each expert, seconds spent waiting for groups."""
 
     dispatches: int
+    over_lanes: int
     group_rows: tuple[int, ...]
     expert_pairs: tuple[int, ...]
     waiting_s: float
@@ -108,6 +138,10 @@ class Dispatcher:
         self._waiting_s = 0.0
         sending = [group for group in groups if isinstance(group, SendingBackend)]
         self._sending = sending if len(sending) == len(groups) else None
+        near = [group for group in groups if isinstance(group, LaneBackend)]
+        self._near = near if len(near) == len(groups) else None
+        self._lanes = LaneDispatch(placement.group_of, placement.local_of, len(groups))
+        self._over_lanes = 0
 
     def parallelism(self) -> int:
         """How many dispatches are computed at once: replicas of the group that has fewest."""
@@ -116,11 +150,15 @@ class Dispatcher:
     def computed_s(self) -> list[float]:
         """Seconds that each group computed so far; empty where one of them computes in this thread."""
         told = [group.computed_s for group in self.groups]
-        return [] if None in told else [seconds or 0.0 for seconds in told]
+        if None in told:
+            return []
+        lanes_s = (self._lanes.computed_ns / 1e9).tolist()
+        return [(seconds or 0.0) + more for seconds, more in zip(told, lanes_s, strict=True)]
 
-    def until(self, deadline: float) -> BoundDispatch:
-        """This dispatcher as a decoder's expert dispatch, with `deadline` (`loop.time()`) for every layer."""
-        return BoundDispatch(self, deadline)
+    def until(self, deadline: float, lanes: bool = False) -> BoundDispatch:
+        """This dispatcher as a decoder's expert dispatch, with `deadline` (`loop.time()`) for every layer. `lanes`
+        as in `run_counted`."""
+        return BoundDispatch(self, deadline, lanes)
 
     async def run(self, layer: int, hidden: Tensor, routing: Routing, deadline: float) -> Tensor:
         """Send `hidden [tokens, hidden]` through its experts; their weighted sum in float32.
@@ -129,8 +167,17 @@ class Dispatcher:
         """
         return (await self.run_counted(layer, hidden, routing, deadline)).output
 
-    async def run_counted(self, layer: int, hidden: Tensor, routing: Routing, deadline: float) -> Dispatched:
-        """As `run`, with what it cost."""
+    async def run_counted(
+        self, layer: int, hidden: Tensor, routing: Routing, deadline: float, lanes: bool = False
+    ) -> Dispatched:
+        """As `run`, with what it cost.
+
+        Args:
+            lanes: whether a small dispatch may go over lanes, where there are any: faster, but this thread does
+                nothing else until the sums are there.
+        """
+        if lanes and (done := self._run_on_lanes(layer, hidden, routing, deadline)) is not None:
+            return done
         plans = plan_dispatch(routing, self.placement)
         largest = self._count(routing, plans)
         started = time.monotonic()
@@ -144,6 +191,29 @@ class Dispatcher:
         with torch.inference_mode():
             return Dispatched(combine(plans, partials, hidden), largest, waited_s)
 
+    def _run_on_lanes(self, layer: int, hidden: Tensor, routing: Routing, deadline: float) -> Dispatched | None:
+        """None where it has to go over links."""
+        if self._near is None or not self._lanes.takes(hidden):
+            return None
+        lanes = [group.lane() for group in self._near]  # all are asked, so that all open
+        open_lanes = [lane for lane in lanes if lane is not None and lane.descriptor is not None]
+        sockets = [descriptor for lane in open_lanes if (descriptor := lane.descriptor) is not None]
+        started = time.monotonic()
+        timeout_s = min(_LANE_TIMEOUT_S, deadline - started)
+        if len(sockets) < len(lanes) or timeout_s <= 0:
+            return None
+        sums = self._lanes(sockets, layer, hidden, routing.expert_ids, routing.weights, timeout_s)
+        if sums is None:
+            _log.warning("a lane failed or was late; its dispatch goes over links")
+            for lane in open_lanes:
+                lane.close()
+            return None
+        waited_s = time.monotonic() - started
+        self._dispatches += 1
+        self._over_lanes += 1
+        self._waiting_s += waited_s
+        return Dispatched(*sums, waited_s)
+
     def _count(self, routing: Routing, plans: Sequence[GroupPlan]) -> int:
         self._dispatches += 1
         for plan in plans:
@@ -154,8 +224,9 @@ class Dispatcher:
 
     def statistics(self) -> DispatchStatistics:
         """See `DispatchStatistics`."""
-        pairs = tuple(self._expert_pairs.tolist())
-        return DispatchStatistics(self._dispatches, tuple(self._group_rows), pairs, self._waiting_s)
+        pairs = tuple((self._expert_pairs + self._lanes.expert_pairs).tolist())
+        rows = tuple((self._lanes.group_rows + self._group_rows).tolist())
+        return DispatchStatistics(self._dispatches, self._over_lanes, rows, pairs, self._waiting_s)
 
 
 class _Answers:
@@ -206,15 +277,16 @@ class BoundDispatch:
         waited_s: for the groups, in all layers so far.
     """
 
-    def __init__(self, dispatcher: Dispatcher, deadline: float) -> None:
+    def __init__(self, dispatcher: Dispatcher, deadline: float, lanes: bool) -> None:
         self._dispatcher = dispatcher
         self._deadline = deadline
+        self._lanes = lanes
         self.largest_expert_tokens = 0
         self.waited_s = 0.0
 
     async def __call__(self, layer: int, hidden: Tensor, routing: Routing) -> Tensor:
         """See `Dispatcher.run`."""
-        done = await self._dispatcher.run_counted(layer, hidden, routing, self._deadline)
+        done = await self._dispatcher.run_counted(layer, hidden, routing, self._deadline, self._lanes)
         self.largest_expert_tokens = max(self.largest_expert_tokens, done.largest_expert_tokens)
         self.waited_s += done.waited_s
         return done.output
