@@ -18,7 +18,7 @@ from unittest.mock import patch
 from pimoe.runtime.generation.step_runner import StepRunner
 from pimoe.runtime.router.router import Router
 from pimoe.runtime.routing import dispatch as dispatch_module
-from pimoe.runtime.routing.dispatch import Dispatched, GroupBackend
+from pimoe.runtime.routing.dispatch import Dispatched, Dispatcher
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class StepTimes:
         attention: with both norms and the residual.
         gate: choosing experts.
         plan: cutting the routing into one piece per group, and counting.
-        link: gathering rows, sending and waiting for groups, beyond the computing of the slowest one.
+        link: gathering rows, sending and waiting for groups, beyond the computing of the slowest one; over lanes
+            with the plan and the sum of the groups, which are one call with it.
         expert: computing of the slowest group of each layer; in this process, of all of them.
         combine: adding up what the groups answered, and the residual.
         other: scheduling, embedding, logits, sampling, handing out.
@@ -66,23 +67,23 @@ class _Recorder:
         return wrapped
 
     def forward(self, call: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-        async def wrapped(items: Sequence[Any], deadline: float) -> Any:
+        async def wrapped(items: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
             self._tokens.append(sum(item.count for item in items))
-            return await call(items, deadline)
+            return await call(items, *args, **kwargs)
 
         return wrapped
 
-    def dispatch(
-        self, call: Callable[..., Awaitable[Dispatched]], groups: Sequence[GroupBackend]
-    ) -> Callable[..., Awaitable[Dispatched]]:
+    def dispatch(self, dispatcher: Dispatcher) -> Callable[..., Awaitable[Dispatched]]:
+        call = dispatcher.run_counted
+
         async def wrapped(*args: Any, **kwargs: Any) -> Dispatched:
-            before = [group.computed_s for group in groups]
+            before = dispatcher.computed_s()
             local_s, combine_s = self._spent["local"], self._spent["combine"]
             started = time.perf_counter()
             done = await call(*args, **kwargs)
             total_s = time.perf_counter() - started
-            told = [(group.computed_s or 0.0) - (then or 0.0) for group, then in zip(groups, before, strict=True)]
-            expert_s = self._spent["local"] - local_s + max(told)
+            told = [now - then for now, then in zip(dispatcher.computed_s(), before, strict=True)]
+            expert_s = self._spent["local"] - local_s + max(told, default=0.0)
             self._spent["expert"] += expert_s
             self._spent["link"] += max(0.0, done.waited_s - expert_s)
             self._spent["plan"] += total_s - done.waited_s - (self._spent["combine"] - combine_s)
@@ -127,7 +128,7 @@ def split(router: Router) -> Iterator[list[StepTimes]]:
         (decoder, "_route", clock.timed("gate", decoder._route)),
         (decoder, "_combine", clock.timed("combine", decoder._combine)),
         (dispatch_module, "combine", clock.timed("combine", dispatch_module.combine)),
-        (dispatcher, "run_counted", clock.dispatch(dispatcher.run_counted, dispatcher.groups)),
+        (dispatcher, "run_counted", clock.dispatch(dispatcher)),
         (runner, "_forward", clock.forward(runner._forward)),
         (engine, "step", clock.step(engine.step)),
         (runner.micro_batches, "policy", "never"),

@@ -69,7 +69,13 @@ def test_every_field_of_the_model_changes_the_key(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"tokenizer_digest": "x"}, {"placement": ((0, 1), (2, 3))}, {"batch_invariant": True}, {"expert_quantization": "int8"}]
+    "change",
+    [
+        {"tokenizer_digest": "x"},
+        {"placement": ((0, 1), (2, 3))},
+        {"batch_invariant": True},
+        {"expert_quantization": "int8"},
+    ],
 )
 def test_what_is_served_changes_the_key(change: dict[str, Any]) -> None:
     other = Serving(**change)

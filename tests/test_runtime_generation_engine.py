@@ -393,7 +393,7 @@ async def test_experts_are_given_the_time_of_the_most_patient(start: StartEngine
     clock = Clock()
     engine = start(clock=clock)
     until = engine.dispatcher.until
-    engine.dispatcher.until = lambda deadline: (deadlines.append(deadline), until(deadline))[1]  # type: ignore[method-assign]
+    engine.dispatcher.until = lambda deadline, lanes: (deadlines.append(deadline), until(deadline))[1]  # type: ignore[method-assign]
     now = asyncio.get_running_loop().time()
     await asyncio.gather(*(read(engine.generate(request((1, 2), 1, timeout_s=t))) for t in (30, 50, 40)))
     assert now + 50 <= deadlines[0] < now + 110, "on the loop's clock, whatever the engine's says"

@@ -159,7 +159,7 @@ async def test_a_group_without_tokens_is_not_asked() -> None:
 async def test_statistics_count_rows_by_group_and_pairs_by_expert() -> None:
     groups = [[3, 0], [2, 1]]
     dispatcher = Dispatcher(Placement(groups), [ScriptedGroup(group) for group in groups])
-    assert dispatcher.statistics() == (0, (0, 0), (0, 0, 0, 0), 0.0)
+    assert dispatcher.statistics() == (0, 0, (0, 0), (0, 0, 0, 0), 0.0)
     await dispatcher.run(0, HIDDEN, ROUTING, 1e9)
     await dispatcher.run(1, HIDDEN[:1], Routing(torch.tensor([[3, 0]]), torch.ones(1, 2)), 1e9)
     statistics = dispatcher.statistics()

@@ -42,7 +42,7 @@ class RemoteGroup:
     def lane(self) -> Lane | None:
         """See `LaneBackend`."""
         link = self.pool.free_link()
-        if link is None:
+        if link is None or not link.client.address.startswith("unix:"):  # one on another machine
             return None
         if (lane := self._lanes.get(link)) is None or lane.may_be_replaced:
             lane = self._lanes[link] = Lane(link)

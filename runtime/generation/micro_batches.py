@@ -164,6 +164,8 @@ class MicroBatchModel:
         one = self._one_s(tokens)
         self._predicted_gain = one / max(_TINY, self._two_s(tokens))
         probing = self._probing[tokens.bit_length()]
+        if not probing.single:  # what two are to beat is measured first
+            return False
         measured = probing.measured_gain()
         pays = (self._predicted_gain if measured is None else measured) >= _LEAST_GAIN
         probing.decide(pays)
