@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cache_local import local_table, run_local
-from cache_served import WAYS, Served, measure_served, served_table, target_lines
+from cache_served import WAYS, Served, measure_served, served_table, target_table, targets
 from cache_served import worse_lines as served_worse
 from cache_zipf import Size, Zipf, as_points, curves, measure_zipf, zipf_table
 from cache_zipf import worse_lines as zipf_worse
@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> None:
         cluster.serve(None, 2)
         served, gateways = measure_served(cluster, preset.rounds, preset.seconds, preset.connections)
         zipf = measure_zipf(cluster, preset.distinct, preset.requests, preset.sizes)
-    targets, worse = target_lines(served), [*served_worse(served), *zipf_worse(zipf)]
+    worse = [*served_worse(served), *zipf_worse(zipf)]
     facts = {
         "machine": here,
         "preset": options.preset,
@@ -90,11 +90,12 @@ def run(options: argparse.Namespace) -> None:
         "served": [asdict(result) for result in served],
         "local": [asdict(result) for result in local],
         "zipf": [asdict(result) for result in zipf],
-        "targets": targets,
+        "targets": targets(served),
         "worse": worse,
     }
-    told = ["Targets", *targets], ["Where pimoe is worse", *(worse or ["nowhere"])]
-    parts = [machine_line(here), served_table(served), local_table(local), zipf_table(zipf), *map("\n".join, told)]
+    told = "\n".join(["Where pimoe is worse", *(worse or ["nowhere"])])
+    tables = [served_table(served), local_table(local), zipf_table(zipf), target_table(targets(served))]
+    parts = [machine_line(here), *tables, told]
     publish(facts, "\n\n".join(parts), options.json)
     if options.svg is not None:
         Path(options.svg).write_text(chart(served, zipf))

@@ -165,21 +165,31 @@ def served_table(results: Sequence[Served]) -> str:
     return table(title, (*header, "rate to empty", "p50 to empty"), rows)
 
 
-def target_lines(results: Sequence[Served]) -> list[str]:
+def targets(results: Sequence[Served]) -> list[dict[str, object]]:
     """Whether a hit is as near to the empty handler as it is to be."""
-    return [line for r in results if r.way == HIT for line in _target_lines(r)]
+    return [row for r in results if r.way == HIT for row in _targets(r)]
 
 
-def _target_lines(hit: Served) -> list[str]:
-    where = f"a {hit.request} from the cache, {hit.connections} connection{'s' * (hit.connections > 1)}"
-    checks = (
-        (hit.p50_to_empty <= MOST_P50, f"p50 {hit.p50_to_empty:.2f}x the empty handler's, at most {MOST_P50}x"),
-        (
-            hit.rate_to_empty >= LEAST_RATE,
-            f"{hit.rate_to_empty:.2f} of its requests/s, at least {LEAST_RATE}",
-        ),
-    )
-    return [f"{'reached' if reached else 'missed '}  {where}: {what}" for reached, what in checks]
+def _targets(hit: Served) -> list[dict[str, object]]:
+    what = f"a {hit.request} from the cache to an empty handler, {hit.connections} connection(s)"
+    p50, rate = hit.p50_to_empty, hit.rate_to_empty
+    return [
+        _target(f"p50 of {what}", f"at most {MOST_P50}x", p50, p50 <= MOST_P50),
+        _target(f"requests/s of {what}", f"at least {LEAST_RATE}x", rate, rate >= LEAST_RATE),
+    ]
+
+
+def _target(what: str, target: str, measured: float, reached: bool) -> dict[str, object]:
+    return {"what": what, "target": target, "measured": f"{measured:.2f}x", "reached": reached}
+
+
+def target_table(rows: Sequence[dict[str, object]]) -> str:
+    """Reached or missed."""
+    lines = [
+        (*(str(row[name]) for name in ("what", "target", "measured")), "reached" if row["reached"] else "MISSED")
+        for row in rows
+    ]
+    return table("Targets", ("what", "target", "measured", ""), lines)
 
 
 def worse_lines(results: Sequence[Served]) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dispatch_cluster import IN_PROCESS, deployed
-from dispatch_echo import ECHO_WAYS, HANDLE, LINK, TIMEOUT_S, ZMQ, without_zmq
+from dispatch_echo import ECHO_WAYS, GENERIC, HANDLE, LINK, TIMEOUT_S, ZMQ, without_zmq
 from dispatch_reference import ReferencePreset, measure_reference, reference_table, reference_worse
 from pimoe.runtime.embedded import CHECKPOINT
 from plot import Panel, Series, figure
@@ -26,7 +26,7 @@ from stand import stand, supervised
 GROUPS = 2  # that the embedded model's experts are split into
 EXPERT_WAYS = (IN_PROCESS, LINK, HANDLE)
 TARGET_BYTES, TARGET_GROUPS, TARGET_RATIO = 2**14, 2, 50
-_FAST = (LINK, ZMQ, IN_PROCESS)
+_FAST = (LINK, GENERIC, ZMQ, IN_PROCESS)
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def _result(case: Case, rounds: list[list[float]], link_rounds: list[list[float]
 
 def tables(results: Sequence[Result]) -> str:
     """Bytes, tokens, and how far the link is ahead of a handle."""
-    return "\n\n".join([_echo_table(results), _expert_table(results), *target_lines(results)])
+    return "\n\n".join([_echo_table(results), _expert_table(results), _target_table(results)])
 
 
 def _echo_table(results: Sequence[Result]) -> str:
@@ -148,8 +148,12 @@ def _echo_table(results: Sequence[Result]) -> str:
         for groups, size in dict.fromkeys((groups, size) for groups, size, _ in found)
     ]
     header = ("groups", "bytes each", "link p95 us", *(f"{way} p50 us" for way in ways))
-    title = "Bytes to groups at once, and as many back from each (medians of rounds)"
-    return table(title, (*header, *(f"{way} to link" for way in others)), rows)
+    title = (
+        "Bytes to groups at once, and as many back from each (medians of rounds)\n"
+        "link: a packed call, as dispatches use it; generic: a call with a map and described tensors"
+    )
+    header = (*header, *(f"{way} to link" for way in others))
+    return table(title, [name.replace(GENERIC, "generic") for name in header], rows)
 
 
 def _expert_table(results: Sequence[Result]) -> str:
@@ -162,15 +166,27 @@ def _expert_table(results: Sequence[Result]) -> str:
     return table(title, ("tokens", "way", "p50 us", "p95 us", "to link"), rows)
 
 
-def target_lines(results: Sequence[Result]) -> list[str]:
-    """Whether the link is as far ahead of a handle as it is to be."""
+def targets(results: Sequence[Result]) -> list[dict[str, object]]:
+    """Whether the link, as dispatches use it, is as far ahead of a handle as it is to be."""
     target = ("echo", TARGET_BYTES, TARGET_GROUPS, HANDLE)
     return [
-        f"target {'reached' if r.ratio >= TARGET_RATIO else 'missed'}: {r.size // 1024} KB to {r.groups} groups "
-        f"{r.ratio:.1f}x as fast as over Serve handles, at least {TARGET_RATIO}x"
+        {
+            "what": f"{r.size // 1024} KB to {r.groups} groups over links, times as fast as over Serve handles",
+            "target": f"at least {TARGET_RATIO}x",
+            "measured": f"{r.ratio:.1f}x",
+            "reached": r.ratio >= TARGET_RATIO,
+        }
         for r in results
         if (r.kind, r.size, r.groups, r.way) == target
     ]
+
+
+def _target_table(results: Sequence[Result]) -> str:
+    rows = [
+        (*(str(row[name]) for name in ("what", "target", "measured")), "reached" if row["reached"] else "MISSED")
+        for row in targets(results)
+    ]
+    return table("Targets", ("what", "target", "measured", ""), rows)
 
 
 def worse_lines(results: Sequence[Result]) -> list[str]:
@@ -219,7 +235,7 @@ def run(options: argparse.Namespace) -> None:
         "skipped": {ZMQ: reason} if reason else {},
         "dispatch": [asdict(result) for result in results],
         "reference": [asdict(result) for result in reference],
-        "targets": target_lines(results),
+        "targets": targets(results),
         "worse": worse,
     }
     left_out = [f"left out: {ZMQ} ({reason})"] if reason else []

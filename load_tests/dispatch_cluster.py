@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from dispatch_echo import (
     ACTOR,
+    GENERIC,
     HANDLE,
     LINK,
     TIMEOUT_S,
     ZMQ,
     ZmqEcho,
+    generic_echo,
     link_echo,
     open_dealers,
     ray_echo,
@@ -58,8 +60,8 @@ class MeasuredGroup(ExpertGroupReplica):
         self._zmq = None if without_zmq() else ZmqEcho(config.name)
 
     def _answer(self, call: Call) -> Reply | Packed:
-        if call.method == "echo" and call.packed is not None:
-            return Packed(b"", call.packed.body)
+        if call.method == "echo":
+            return Reply(tensors=call.tensors) if call.packed is None else Packed(b"", call.packed.body)
         return self._handler(call)
 
     async def zmq_address(self) -> str | None:
@@ -164,7 +166,8 @@ class MeasuringRouter:
             )
         if way == ZMQ:
             return await self._on_links(partial(zmq_echo, self._zmq_sockets[:groups], array), calls)
-        return await self._on_links(partial(link_echo, self._pools[:groups], array), calls)
+        over_link = generic_echo if way == GENERIC else link_echo
+        return await self._on_links(partial(over_link, self._pools[:groups], array), calls)
 
     async def experts(
         self, way: str, tokens: int, calls: int, warm_up: int | None = None, threads: int = 1

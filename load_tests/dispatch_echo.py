@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pimoe.runtime.links import LinkPool, Packed
 from pimoe.runtime.loop_thread import LoopThread
+from pimoe.runtime.tensors import array_to_wire
 
-LINK, ZMQ, ACTOR, HANDLE = ECHO_WAYS = ("link", "ZeroMQ", "actor", "handle")
+LINK, GENERIC, ZMQ, ACTOR, HANDLE = ECHO_WAYS = ("link", "link, generic call", "ZeroMQ", "actor", "handle")
 TIMEOUT_S = 60.0
 
 
@@ -61,7 +62,7 @@ class ZmqEcho:
 
 
 async def link_echo(pools: Sequence[LinkPool], array: NDArray[np.int32]) -> None:
-    """As the dispatcher does it: `done` is told of each answer. On the loop of the links.
+    """As the dispatcher does it: packed, and `done` is told of each answer. On the loop of the links.
 
     Raises:
         PimoeError: a link failed.
@@ -83,6 +84,18 @@ async def link_echo(pools: Sequence[LinkPool], array: NDArray[np.int32]) -> None
         if isinstance(outcome, BaseException):
             raise outcome
         _check(sum(memoryview(part).nbytes for part in outcome.body), array)
+
+
+async def generic_echo(pools: Sequence[LinkPool], array: NDArray[np.int32]) -> None:
+    """As everything else does it: a call with a map and described tensors, and a task for each pool.
+
+    Raises:
+        PimoeError: a link failed.
+        RuntimeError: other bytes came back.
+    """
+    deadline, sent = time.monotonic() + TIMEOUT_S, [array_to_wire(array)]
+    for reply in await asyncio.gather(*(pool.call("echo", {}, sent, deadline) for pool in pools)):
+        _check(sum(tensor.nbytes for tensor in reply.tensors), array)
 
 
 async def zmq_echo(sockets: Sequence[Any], array: NDArray[np.int32]) -> None:

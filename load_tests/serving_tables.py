@@ -143,7 +143,8 @@ def text(facts: Mapping[str, Any]) -> str:
     if facts["open"]:
         parts.append(_open_table(facts["open"]))
     parts.append(_server_table(facts["servers"]))
-    parts.append(_target_table(facts["targets"], facts["ceiling"]))
+    if facts["targets"]:
+        parts.append(_target_table(facts["targets"], facts["ceiling"]))
     skipped = [f"left out: {title}: {reason}"[:150] for title, reason in facts["skipped"].items()]
     parts.append("\n".join([*skipped, f"Load: {facts['load']}.", *worse(facts["closed"], facts["open"])]))
     return "\n\n".join(parts)

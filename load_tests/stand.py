@@ -6,7 +6,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -61,8 +61,9 @@ class Stand:
 
 @contextmanager
 def stand() -> Iterator[Stand]:
-    """A stand for the block."""
-    with owned_cluster("127.0.0.1", free_port(), progress) as cluster:
+    """A stand for the block. Ray's warnings are lines on standard output, which is for results: until the cluster
+    has ended that is standard error."""
+    with redirect_stdout(sys.stderr), owned_cluster("127.0.0.1", free_port(), progress) as cluster:
         yield Stand(cluster)
 
 
