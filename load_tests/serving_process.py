@@ -73,6 +73,7 @@ def running(contender: Contender, model: Path, sample: Sample) -> Iterator[Serve
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_heed_sigterm,
             )
         try:
             _wait_for_answer(process, contender, port, sample, log)
@@ -116,6 +117,11 @@ def _wait_for_answer(
     ended = "" if process.poll() is None else f"; its process ended with {process.returncode}"
     printed = " ".join(log.read_text(errors="replace").split())[-300:]
     raise StartError(f"{last}{ended}; it printed: {printed or 'nothing'}")
+
+
+def _heed_sigterm() -> None:
+    """A supervised script ignores SIGTERM, and what it starts would too."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -193,6 +194,23 @@ def test_a_server_with_wrong_numbers_is_refused_and_nothing_of_it_stays(model: P
     ):
         pass
     assert serving_process._born(int(note.read_text())) is None
+
+
+_PLAIN = _WRONG.replace("signal.signal(15, 1); ", "")
+
+
+def test_a_server_ends_at_sigterm_although_the_script_ignores_it(model: Path, tmp_path: Path) -> None:
+    serving_process, serving_model = module("serving_process"), module("serving_model")
+    code = _PLAIN.replace("NOTE", repr(str(tmp_path / "child")))
+    sample = serving_model.Sample(model, 1)
+    sample.answers[:] = 0
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with serving_process.running(made_up(code), model, sample) as server:
+            ignored = Path(f"/proc/{server.pid}/status").read_text().partition("SigIgn:")[2].split()[0]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not int(ignored, 16) >> (signal.SIGTERM - 1) & 1
 
 
 # The tables ------------------------------------------------------------------------------------------------------
