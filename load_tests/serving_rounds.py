@@ -39,9 +39,9 @@ class Preset:
         ceiling_tokens, ceiling_times: the plain forward, how large and how often in each round.
     """
 
-    rounds: int = 3
+    rounds: int = 2
     connections: tuple[int, ...] = (1, 32, 128)
-    closed_s: int = 2
+    closed_s: int = 3
     warm_s: int = 1
     open_shares: tuple[float, ...] = (0.3, 0.6, 0.9)
     open_rates: tuple[float, ...] = ()
