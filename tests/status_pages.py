@@ -85,7 +85,7 @@ def engine(generation: dict[str, Any] | None = None, **fields: Any) -> dict[str,
 
 def router(name: str = "a1b2c3d4", per_expert: bool = False, **parts: Any) -> dict[str, Any]:
     """A router's replica; `batcher`, `engine` (None: a layer model) and `state` as given."""
-    dispatch = DispatchStatistics(3, (40, 2), (20, 20, 1, 1), 0.5).as_plain(per_expert)
+    dispatch = DispatchStatistics(3, 1, (40, 2), (20, 20, 1, 1), 0.5).as_plain(per_expert)
     return {
         "id": name,
         "deployment": "router",
