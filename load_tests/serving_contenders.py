@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pimoe.deployments.cluster import haproxy_is_installed
+from pimoe.deployments.cluster import free_port, haproxy_is_installed
 from report import cores
 
 HIDDEN, TOKENS = 512, 4
@@ -126,12 +126,17 @@ _RAY = {
     # Workers would otherwise run at a lower priority than whoever started them; pimoe's own cluster says the same.
     "RAY_worker_niceness": "0",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
+    # Not the default range: HAProxy would send requests to another cluster's replica if one listens there.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": "32000",
+    "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": "33000",
 }
 _HAPROXY = {
     **_RAY,
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+    "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
 }
 
 
