@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cache_local import local_table, run_local
-from cache_served import WAYS, Served, measure_served, served_table, target_table, targets
+from cache_served import WAYS, Served, measure_served, served_table, targets
 from cache_served import worse_lines as served_worse
 from cache_zipf import Size, Zipf, as_points, curves, measure_zipf, zipf_table
 from cache_zipf import worse_lines as zipf_worse
 from plot import Panel, Series, figure
-from report import machine, machine_line, parser, publish
+from report import machine, machine_line, parser, publish, target_table
 from stand import stand, supervised
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from cache_requests import Asked, ask_both, get_status, post
 from closed_loop import measure
-from report import progress, table
+from report import progress, table, target
 from stand import QUIET, Stand
 from wrk import Load
 
@@ -165,31 +165,18 @@ def served_table(results: Sequence[Served]) -> str:
     return table(title, (*header, "rate to empty", "p50 to empty"), rows)
 
 
-def targets(results: Sequence[Served]) -> list[dict[str, object]]:
+def targets(results: Sequence[Served]) -> list[dict[str, Any]]:
     """Whether a hit is as near to the empty handler as it is to be."""
     return [row for r in results if r.way == HIT for row in _targets(r)]
 
 
-def _targets(hit: Served) -> list[dict[str, object]]:
+def _targets(hit: Served) -> list[dict[str, Any]]:
     what = f"a {hit.request} from the cache to an empty handler, {hit.connections} connection(s)"
     p50, rate = hit.p50_to_empty, hit.rate_to_empty
     return [
-        _target(f"p50 of {what}", f"at most {MOST_P50}x", p50, p50 <= MOST_P50),
-        _target(f"requests/s of {what}", f"at least {LEAST_RATE}x", rate, rate >= LEAST_RATE),
+        target(f"p50 of {what}", p50, MOST_P50, at_most=True),
+        target(f"requests/s of {what}", rate, LEAST_RATE),
     ]
-
-
-def _target(what: str, target: str, measured: float, reached: bool) -> dict[str, object]:
-    return {"what": what, "target": target, "measured": f"{measured:.2f}x", "reached": reached}
-
-
-def target_table(rows: Sequence[dict[str, object]]) -> str:
-    """Reached or missed."""
-    lines = [
-        (*(str(row[name]) for name in ("what", "target", "measured")), "reached" if row["reached"] else "MISSED")
-        for row in rows
-    ]
-    return table("Targets", ("what", "target", "measured", ""), lines)
 
 
 def worse_lines(results: Sequence[Served]) -> list[str]:

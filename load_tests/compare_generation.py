@@ -41,6 +41,7 @@ from generation_results import (
     chart,
     summary,
     tables,
+    targets,
 )
 from generation_rivals import RivalMissingError, Transformers, llama
 from pimoe.clients import AsyncClient
@@ -49,7 +50,7 @@ from pimoe.runtime.local import LocalRuntime
 from pimoe.runtime.loop_thread import new_event_loop
 from pimoe.runtime.router.limits import RouterLimits
 from random_model import Shape, write_random_model
-from report import cores, machine, machine_line, parser, progress, publish
+from report import cores, machine, machine_line, parser, progress, publish, target_table
 from stand import Stand, stand, supervised
 from switch_engines import Answer, Prompt, decode_rate, prefill_rate, random_prompts
 from switch_measurements import median_ratio, take_turns
@@ -255,12 +256,14 @@ def run(options: argparse.Namespace) -> None:
     with stand() as cluster:
         results = measure(preset, cluster, options.groups, options.weights or WEIGHTS)
     lines = summary(results.rates, results.agreements, results.choices, results.skipped)
-    facts = {"machine": here, "preset": options.preset, **asdict(results), "summary": lines}
+    judged = targets(results.rates)
+    facts = {"machine": here, "preset": options.preset, **asdict(results), "targets": judged, "summary": lines}
     titles = {
         DECODE: f"decoding, {preset.decode[1]} tokens from prompts of {preset.decode[0]}",
         PREFILL: f"prefilling, prompts of {preset.prefill_tokens}",
     }
-    parts = (machine_line(here), tables(results.rates, results.agreements, titles), "\n".join(lines))
+    shown = tables(results.rates, results.agreements, titles)
+    parts = (machine_line(here), shown, target_table(judged), "\n".join(lines))
     publish(facts, "\n\n".join(parts), options.json)
     if options.svg is not None:
         Path(options.svg).write_text(chart(results.rates))

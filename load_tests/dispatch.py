@@ -20,7 +20,7 @@ from dispatch_echo import ECHO_WAYS, GENERIC, HANDLE, LINK, TIMEOUT_S, ZMQ, with
 from dispatch_reference import ReferencePreset, measure_reference, reference_table, reference_worse
 from pimoe.runtime.embedded import CHECKPOINT
 from plot import Panel, Series, figure
-from report import machine, machine_line, median_quantile, parser, progress, publish, table
+from report import machine, machine_line, median_quantile, parser, progress, publish, table, target, target_table
 from stand import stand, supervised
 
 GROUPS = 2  # that the embedded model's experts are split into
@@ -132,7 +132,7 @@ def _result(case: Case, rounds: list[list[float]], link_rounds: list[list[float]
 
 def tables(results: Sequence[Result]) -> str:
     """Bytes, tokens, and how far the link is ahead of a handle."""
-    return "\n\n".join([_echo_table(results), _expert_table(results), _target_table(results)])
+    return "\n\n".join([_echo_table(results), _expert_table(results), target_table(targets(results))])
 
 
 def _echo_table(results: Sequence[Result]) -> str:
@@ -166,27 +166,14 @@ def _expert_table(results: Sequence[Result]) -> str:
     return table(title, ("tokens", "way", "p50 us", "p95 us", "to link"), rows)
 
 
-def targets(results: Sequence[Result]) -> list[dict[str, object]]:
+def targets(results: Sequence[Result]) -> list[dict[str, Any]]:
     """Whether the link, as dispatches use it, is as far ahead of a handle as it is to be."""
-    target = ("echo", TARGET_BYTES, TARGET_GROUPS, HANDLE)
+    what = "{:g} KB to {} groups over links, times as fast as over Serve handles"
     return [
-        {
-            "what": f"{r.size // 1024} KB to {r.groups} groups over links, times as fast as over Serve handles",
-            "target": f"at least {TARGET_RATIO}x",
-            "measured": f"{r.ratio:.1f}x",
-            "reached": r.ratio >= TARGET_RATIO,
-        }
+        target(what.format(r.size / 1024, r.groups), r.ratio, TARGET_RATIO, digits=1)
         for r in results
-        if (r.kind, r.size, r.groups, r.way) == target
+        if (r.kind, r.size, r.groups, r.way) == ("echo", TARGET_BYTES, TARGET_GROUPS, HANDLE)
     ]
-
-
-def _target_table(results: Sequence[Result]) -> str:
-    rows = [
-        (*(str(row[name]) for name in ("what", "target", "measured")), "reached" if row["reached"] else "MISSED")
-        for row in targets(results)
-    ]
-    return table("Targets", ("what", "target", "measured", ""), rows)
 
 
 def worse_lines(results: Sequence[Result]) -> list[str]:

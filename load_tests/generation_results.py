@@ -8,7 +8,7 @@ from typing import Any
 
 from generation import BFLOAT16, INT8
 from plot import Panel, Series, figure
-from report import table
+from report import table, target
 
 DECODE, PREFILL = "decode", "prefill"
 SERVED, TRANSFORMERS, LLAMA = "served over HTTP", "transformers", "llama.cpp"
@@ -76,7 +76,7 @@ def summary(
     choices: Sequence[Mapping[str, Any]],
     skipped: Mapping[str, str],
 ) -> list[str]:
-    """How transformers computed, whose tokens agree, the targets, and where pimoe is worse."""
+    """How transformers computed, whose tokens agree, and where pimoe is worse."""
     lines = [f"transformers' fastest way: {_chosen(choices)}."]
     for weights in dict.fromkeys(agreement.weights for agreement in agreements):
         mine = [agreement for agreement in agreements if agreement.weights == weights]
@@ -85,7 +85,6 @@ def summary(
             f"{weights}: first tokens equal to transformers': {first:,} of {answers:,}; same tokens: up to the "
             "first other one, where rounding tips the balance and both go on from different texts."
         )
-    lines += _targets(rates)
     lines += _worse(rates)
     return [*lines, *(f"Skipped: {way}: {reason}." for way, reason in skipped.items())]
 
@@ -99,16 +98,14 @@ def _chosen(choices: Sequence[Mapping[str, Any]]) -> str:
     return ". ".join(parts)
 
 
-def _targets(rates: Sequence[Rate]) -> Iterator[str]:
+def targets(rates: Sequence[Rate]) -> list[dict[str, Any]]:
     """Of the served application, decoding."""
-    for weights, target in TARGETS.items():
-        found = [r for r in rates if (r.weights, r.phase, r.way) == (weights, DECODE, SERVED)]
-        for rate in found:
-            verdict = "reached" if rate.to_transformers >= target else "MISSED"
-            yield (
-                f"Target, {weights} served, {rate.sequences} at once: {rate.to_transformers:.2f}x transformers, "
-                f"at least {target:g}x: {verdict}."
-            )
+    what = "decode, served, experts in two processes, {}, {} sequence(s), to transformers in-process"
+    return [
+        target(what.format(rate.weights, rate.sequences), rate.to_transformers, TARGETS[rate.weights])
+        for rate in rates
+        if (rate.phase, rate.way) == (DECODE, SERVED) and rate.weights in TARGETS
+    ]
 
 
 def _worse(rates: Sequence[Rate]) -> Iterator[str]:

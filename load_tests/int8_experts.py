@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from pimoe.runtime.embedded import CHECKPOINT
 from pimoe.runtime.embedded.evaluate import MAX_ANSWER_TOKENS, evaluate
@@ -21,12 +22,12 @@ from pimoe.runtime.loop_thread import new_event_loop
 from pimoe.runtime.model.tokenizer import Tokenizer
 from pimoe.runtime.native import kernels
 from pimoe.runtime.requests import GenerateRequest, SamplingParams
-from report import machine, machine_line, parser, progress, publish, table
+from report import machine, machine_line, parser, progress, publish, table, target, target_table
 
 PRESETS = {"tiny": 4, "default": 100}  # prompts of each skill
 # dtype of everything else, quantisation of experts
 WAYS = (("float32", None), ("bfloat16", None), ("float32", "int8"), ("bfloat16", "int8"))
-_MAX_BYTES_RATIO, _MAX_POINTS_LOST = 0.55, 1.0
+_MAX_BYTES_RATIO, _LEAST_POINTS = 0.55, -1.0
 
 
 @dataclass(frozen=True)
@@ -90,23 +91,13 @@ def measure(samples: int) -> list[Result]:
     return results
 
 
-def targets(results: Sequence[Result]) -> list[dict[str, object]]:
+def targets(results: Sequence[Result]) -> list[dict[str, Any]]:
     """Reached or missed."""
     rounded = [result for result in results if result.int8]
     ratio, points = max(r.bytes_ratio for r in rounded), min(r.points for r in rounded)
     return [
-        {
-            "what": "int8 experts: bytes of weights to bfloat16",
-            "target": f"at most {_MAX_BYTES_RATIO}x",
-            "measured": f"{ratio:.2f}x",
-            "reached": ratio <= _MAX_BYTES_RATIO,
-        },
-        {
-            "what": "int8 experts: exact answers of the embedded model",
-            "target": f"at most {_MAX_POINTS_LOST:g} point fewer",
-            "measured": f"{points:+.2f} points",
-            "reached": points >= -_MAX_POINTS_LOST,
-        },
+        target("int8 experts: bytes of weights to bfloat16", ratio, _MAX_BYTES_RATIO, at_most=True),
+        target("int8 experts: exact answers of the embedded model, change", points, _LEAST_POINTS, unit=" points"),
     ]
 
 
@@ -139,11 +130,8 @@ def run(options: argparse.Namespace) -> None:
         "int8_experts": [asdict(result) for result in results],
         "targets": judged,
     }
-    lines = [
-        f"{t['what']}: {t['measured']} ({t['target']}): {'reached' if t['reached'] else 'missed'}" for t in judged
-    ]
     text = f"{machine_line(here)}\nnative kernels: {kernels.description()}\n\n{tables(results)}\n\n"
-    publish(facts, text + "\n".join(lines), options.json)
+    publish(facts, text + target_table(judged), options.json)
 
 
 if __name__ == "__main__":

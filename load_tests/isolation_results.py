@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from plot import Panel, Series, figure
-from report import table
+from report import table, target
 
 TARGET_PROCESSES = 2
 TARGETS = {1: 0.6, 8: 0.9, 32: 0.9, 128: 1.0}
@@ -94,8 +95,8 @@ def _cells(parts: Parts) -> list[str]:
 
 
 def summary(results: Results) -> list[str]:
-    """The targets, and every number of sequences at which isolation costs something."""
-    lines = list(_targets(results.speeds))
+    """Every number of sequences at which isolation costs something."""
+    lines = []
     for weights in dict.fromkeys(speed.weights for speed in results.speeds):
         worse = [
             f"{s.way} at {s.sequences} ({s.ratio:.2f}x)"
@@ -106,15 +107,14 @@ def summary(results: Results) -> list[str]:
     return [*lines, *(f"Skipped: {weights}: {reason}." for weights, reason in results.skipped.items())]
 
 
-def _targets(speeds: Sequence[Speed]) -> Iterator[str]:
-    for speed in speeds:
-        target = TARGETS.get(speed.sequences)
-        if speed.processes == TARGET_PROCESSES and target is not None:
-            verdict = "reached" if speed.ratio >= target else "MISSED"
-            yield (
-                f"Target, {speed.weights}, {speed.way}, {speed.sequences} at once: {speed.ratio:.2f}x in-process, "
-                f"at least {target:g}x: {verdict}."
-            )
+def targets(speeds: Sequence[Speed]) -> list[dict[str, Any]]:
+    """Of groups in two processes."""
+    what = "decode, experts in two processes, {}, {} sequence(s), to in-process"
+    return [
+        target(what.format(speed.weights, speed.sequences), speed.ratio, TARGETS[speed.sequences])
+        for speed in speeds
+        if speed.processes == TARGET_PROCESSES and speed.sequences in TARGETS
+    ]
 
 
 def chart(speeds: Sequence[Speed]) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from generation import WEIGHTS, Way, by_router, quantization, streaming, unknown_weights
 from generation_split import PARTS, split
-from isolation_results import Parts, Results, Speed, chart, summary, tables
+from isolation_results import Parts, Results, Speed, chart, summary, tables, targets
 from pimoe.runtime.errors import PimoeError
 from pimoe.runtime.generation.limits import EngineLimits
 from pimoe.runtime.generation.micro_batches import MicroBatchStatistics
@@ -29,7 +29,7 @@ from pimoe.runtime.loop_thread import new_event_loop
 from pimoe.runtime.router.limits import RouterLimits
 from pimoe.runtime.router.router import Router
 from random_model import Shape, write_random_model
-from report import cores, machine, machine_line, parser, progress, publish
+from report import cores, machine, machine_line, parser, progress, publish, target_table
 from switch_engines import Prompt, decode_rate, random_prompts
 from switch_measurements import BLOCK_TOKENS, median_ratio, take_turns
 
@@ -198,8 +198,10 @@ def run(options: argparse.Namespace) -> None:
         preset = replace(preset, rounds=options.rounds)
     results = measure(preset, options.weights or WEIGHTS)
     lines = summary(results)
-    facts = {"machine": here, "preset": options.preset, **asdict(results), "summary": lines}
-    publish(facts, "\n\n".join([machine_line(here), tables(results), "\n".join(lines)]), options.json)
+    judged = targets(results.speeds)
+    facts = {"machine": here, "preset": options.preset, **asdict(results), "targets": judged, "summary": lines}
+    parts = (machine_line(here), tables(results), target_table(judged), "\n".join(lines))
+    publish(facts, "\n\n".join(parts), options.json)
     if options.svg is not None:
         Path(options.svg).write_text(chart(results.speeds))
 

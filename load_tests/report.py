@@ -104,6 +104,31 @@ def median_quantile(rounds: Sequence[Sequence[float]], share: float) -> float:
     return statistics.median(quantile(samples, share) for samples in rounds)
 
 
+# Targets -------------------------------------------------------------------------------------------------------
+
+
+def target(
+    what: str, ratio: float, wanted: float, at_most: bool = False, unit: str = "x", digits: int = 2
+) -> dict[str, Any]:
+    """One of the "targets" among a script's facts, reached or missed."""
+    return {
+        "what": what,
+        "target": f"{'at most' if at_most else 'at least'} {wanted:g}{unit}",
+        "measured": f"{ratio:.{digits}f}{unit}",
+        "value": ratio,
+        "reached": ratio <= wanted if at_most else ratio >= wanted,
+    }
+
+
+def target_table(targets: Sequence[dict[str, Any]], title: str = "Targets") -> str:
+    """For people."""
+    rows = [
+        (*(str(row[name]) for name in ("what", "target", "measured")), "reached" if row["reached"] else "MISSED")
+        for row in targets
+    ]
+    return table(title, ("what", "target", "measured", ""), rows)
+
+
 # Tables --------------------------------------------------------------------------------------------------------
 
 

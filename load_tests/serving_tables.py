@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from plot import Panel, Series, figure
-from report import table
+from report import table, target, target_table
 from serving_contenders import TOKENS, Contender
 from serving_rounds import Measured
 
@@ -100,33 +100,23 @@ def target_rows(closed: Sequence[Row], ceiling_tokens_per_s: float) -> list[Row]
             alone = [other["p50_ms"] for other in closed if _is_batching_rival(other, 1)]
             if alone:
                 name = "p50 at 1 connection, to the best batching rival"
-                rows.append(_target(name, row["p50_ms"] / min(alone), 0.7, at_most=True))
+                rows.append(target(name, row["p50_ms"] / min(alone), 0.7, at_most=True))
             continue
         if row["ratio"] is not None:
             name = f"requests/s at {connections} connections, to the best rival"
-            rows.append(_target(name, row["ratio"], 1.2))
+            rows.append(target(name, row["ratio"], 1.2))
         if connections in default:
             name = f"requests/s at {connections} connections, to @serve.batch with the default ingress"
-            rows.append(_target(name, row["requests_per_s"] / default[connections]["requests_per_s"], 5.0))
+            rows.append(target(name, row["requests_per_s"] / default[connections]["requests_per_s"], 5.0))
     if ours:
         best = max(row["requests_per_s"] for row in ours.values())
         name = "tokens/s, to the plain torch forward with all cores"
-        rows.append(_target(name, TOKENS * best / ceiling_tokens_per_s, 0.6))
+        rows.append(target(name, TOKENS * best / ceiling_tokens_per_s, 0.6))
     return rows
 
 
 def _is_batching_rival(row: Row, connections: int) -> bool:
     return not row["is_ours"] and row["is_batching"] and row["connections"] == connections
-
-
-def _target(what: str, value: float, wanted: float, at_most: bool = False) -> Row:
-    return {
-        "what": what,
-        "target": f"{'at most' if at_most else 'at least'} {wanted:g}x",
-        "measured": f"{value:.2f}x",
-        "reached": value <= wanted if at_most else value >= wanted,
-        "value": value,
-    }
 
 
 def _measured(contenders: Sequence[Contender], found: Mapping[str, Measured]) -> list[tuple[Contender, Measured]]:
@@ -144,7 +134,7 @@ def text(facts: Mapping[str, Any]) -> str:
         parts.append(_open_table(facts["open"]))
     parts.append(_server_table(facts["servers"]))
     if facts["targets"]:
-        parts.append(_target_table(facts["targets"], facts["ceiling"]))
+        parts.append(target_table(facts["targets"], _target_title(facts["ceiling"])))
     skipped = [f"left out: {title}: {reason}"[:150] for title, reason in facts["skipped"].items()]
     parts.append("\n".join([*skipped, f"Load: {facts['load']}.", *worse(facts["closed"], facts["open"])]))
     return "\n\n".join(parts)
@@ -206,13 +196,8 @@ def _server_table(rows: Sequence[Row]) -> str:
     return table("Servers", header, lines)
 
 
-def _target_table(rows: Sequence[Row], ceiling: Mapping[str, float]) -> str:
-    lines = [
-        (*(row[name] for name in ("what", "measured", "target")), "reached" if row["reached"] else "MISSED")
-        for row in rows
-    ]
-    title = f"Targets (plain torch forward, {ceiling['tokens']} tokens: {ceiling['tokens_per_s']:,.0f} tokens/s)"
-    return table(title, ("what", "pimoe", "target", ""), lines)
+def _target_title(ceiling: Mapping[str, float]) -> str:
+    return f"Targets (plain torch forward, {ceiling['tokens']} tokens: {ceiling['tokens_per_s']:,.0f} tokens/s)"
 
 
 def worse(closed: Sequence[Row], opened: Sequence[Row]) -> list[str]:

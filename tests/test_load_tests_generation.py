@@ -53,7 +53,8 @@ def test_every_way_decodes_and_prefills_or_says_why_not(compared: tuple[dict[str
         assert rows.keys() == {(p, n, way) for p in ("decode", "prefill") for n in (1, 4) for way in ways}
         assert all(row["tokens_per_s"] > 0 for row in rows.values())
         assert all(row["to_transformers"] == 1 for (_, _, way), row in rows.items() if way == "transformers")
-    assert "Target, bfloat16 served, 1 at once" in text
+    assert len(facts["targets"]) == 4, "each kind of weights, one sequence and four"
+    assert "decode, served, experts in two processes, bfloat16, 1 sequence(s)" in text
     assert "transformers is faster than served in" in text
     assert all(f"Skipped: {way}: " in text for way in facts["skipped"])
     assert chart.startswith("<svg")
@@ -151,7 +152,7 @@ def test_the_same_engine_is_measured_in_process_and_in_processes(taxed: tuple[di
         assert limit == 1, "the fastest in-process way is what all are measured against"
         assert row["one"] + row["two"] >= 8, "every token but the first takes a step"
         assert not row["two"] or (row["processes"] and count > 1), "only processes overlap, and only of several"
-    assert "Target, bfloat16, 2 group processes, 1 at once" in text
+    assert "decode, experts in two processes, bfloat16, 1 sequence(s), to in-process" in text
     assert "bfloat16: slower than in-process: " in text
     assert chart.startswith("<svg")
 
