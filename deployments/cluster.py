@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import random
 import re
 import socket
 import tempfile
@@ -29,6 +30,8 @@ from .settings import AppSettings
 APP_NAME = "pimoe"
 _READY_TIMEOUT_S = 60.0
 _POLL_S = 0.02
+_PORTS_EACH = 500
+_INGRESS_PORTS = range(20_000, 32_000, _PORTS_EACH)  # below those that the system gives away
 
 
 def haproxy_is_installed() -> bool:
@@ -54,6 +57,7 @@ def serve_flags(folder: str, max_timeout_s: float) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "PIMOE_SOCKET_FOLDER": folder,
+        **_ingress_ports(),
     }
     tuning = {
         "RAY_SERVE_ENABLE_HA_PROXY": "1" if haproxy_is_installed() else "0",
@@ -74,6 +78,28 @@ def serve_flags(folder: str, max_timeout_s: float) -> dict[str, str]:
     }
     # A user's own tuning wins; files and ports never come from the environment of another cluster's process.
     return {**{name: os.environ.get(name, value) for name, value in tuning.items()}, **own}
+
+
+def _ingress_ports() -> dict[str, str]:
+    """Where gateways' own servers listen, behind HAProxy. Serve counts from the same port in every cluster, and of
+    two on one machine each would find the other's gateways there."""
+    starts = list(_INGRESS_PORTS)
+    random.shuffle(starts)  # two that start together should not look at the same ones
+    first = next(filter(_is_free, starts), starts[0])
+    return {
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + _PORTS_EACH - 1),
+    }
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
 
 
 def free_port() -> int:

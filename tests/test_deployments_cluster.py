@@ -1,0 +1,35 @@
+"""The flags of a local cluster."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+from pimoe.deployments import cluster
+from pimoe.deployments.cluster import serve_flags
+
+FIRST, LAST = "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"
+
+
+def test_a_users_own_tuning_wins_and_files_and_ports_are_the_clusters_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RAY_worker_niceness", "7")
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_SOCKET_PATH", "/another/cluster")
+    monkeypatch.setenv(FIRST, "30000")
+    flags = serve_flags(str(tmp_path), 60.0)
+    assert flags["RAY_worker_niceness"] == "7"
+    assert flags["RAY_SERVE_HAPROXY_SOCKET_PATH"] == f"{tmp_path}/admin.sock"
+    assert flags["RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S"] == "90"
+    assert 20_000 <= int(flags[FIRST]) < int(flags[LAST]) < 32_768
+
+
+def test_gateways_do_not_listen_where_those_of_another_cluster_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_INGRESS_PORTS", range(23_000, 24_000, 500))
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("", 23_000))
+        taken.listen()
+        assert {serve_flags("", 1.0)[FIRST] for _ in range(20)} == {"23500"}
+    assert {serve_flags("", 1.0)[FIRST] for _ in range(40)} == {"23000", "23500"}
