@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dispatch_cluster import IN_PROCESS, deployed
-from dispatch_echo import ECHO_WAYS, GENERIC, HANDLE, LINK, TIMEOUT_S, ZMQ, without_zmq
+from dispatch_echo import ECHO_WAYS, GENERIC, HANDLE, LANE, LINK, TIMEOUT_S, ZMQ, without_zmq
 from dispatch_reference import ReferencePreset, measure_reference, reference_table, reference_worse
 from pimoe.runtime.embedded import CHECKPOINT
 from plot import Panel, Series, figure
@@ -24,9 +24,9 @@ from report import machine, machine_line, median_quantile, parser, progress, pub
 from stand import stand, supervised
 
 GROUPS = 2  # that the embedded model's experts are split into
-EXPERT_WAYS = (IN_PROCESS, LINK, HANDLE)
+EXPERT_WAYS = (IN_PROCESS, LANE, LINK, HANDLE)
 TARGET_BYTES, TARGET_GROUPS, TARGET_RATIO = 2**14, 2, 50
-_FAST = (LINK, GENERIC, ZMQ, IN_PROCESS)
+_FAST = (LANE, LINK, GENERIC, ZMQ, IN_PROCESS)
 
 
 @dataclass(frozen=True)

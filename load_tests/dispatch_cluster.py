@@ -17,6 +17,7 @@ from dispatch_echo import (
     ACTOR,
     GENERIC,
     HANDLE,
+    LANE,
     LINK,
     TIMEOUT_S,
     ZMQ,
@@ -41,13 +42,14 @@ from pimoe.runtime.model.families import read_spec
 from pimoe.runtime.model.layer_model import load_gate
 from pimoe.runtime.model.loading import load_trunk
 from pimoe.runtime.model.spec import LayerSpec
-from pimoe.runtime.routing.dispatch import Dispatcher, GroupBackend
+from pimoe.runtime.routing.dispatch import Dispatched, Dispatcher, GroupBackend
 from pimoe.runtime.routing.plan import ExpertRows, Placement, contiguous_placement
 from pimoe.runtime.routing.strategies import Routing
 from pimoe.runtime.tensors import torch_dtype
 from torch import Tensor
 
 IN_PROCESS = "in-process"
+_LANES_TIMEOUT_S = 30.0
 LAYER = 0
 
 
@@ -143,6 +145,7 @@ class MeasuringRouter:
         self._dispatchers = {
             IN_PROCESS: _local_dispatcher(checkpoint, groups, whole, self._dtype),
             LINK: _dispatcher(groups, [RemoteGroup(pool) for pool in self._pools]),
+            LANE: _dispatcher(groups, [RemoteGroup(pool) for pool in self._pools]),
             HANDLE: _dispatcher(groups, [HandleGroup(handle) for handle in group_handles]),
         }
         self._thread = LoopThread("links")
@@ -179,9 +182,11 @@ class MeasuringRouter:
             routing = self._gate(hidden)
         dispatcher = self._dispatchers[way]
 
-        def dispatch() -> Awaitable[Tensor]:
-            return dispatcher.run(LAYER, hidden, routing, time.monotonic() + TIMEOUT_S)
+        def dispatch() -> Awaitable[Dispatched]:
+            return dispatcher.run_counted(LAYER, hidden, routing, time.monotonic() + TIMEOUT_S, lanes=way == LANE)
 
+        if way == LANE:
+            await asyncio.wrap_future(self._thread.submit(_until_over_lanes(dispatcher, dispatch)))
         torch.set_num_threads(threads)
         try:
             return await (_times if way == HANDLE else self._on_links)(dispatch, calls, warm_up)
@@ -203,6 +208,14 @@ class MeasuringRouter:
         for socket in self._zmq_sockets:
             socket.close(linger=0)
         await asyncio.gather(*(pool.close() for pool in self._pools))
+
+
+async def _until_over_lanes(dispatcher: Dispatcher, dispatch: Callable[[], Awaitable[object]]) -> None:
+    """Lanes open in the background, with the first dispatches."""
+    async with asyncio.timeout(_LANES_TIMEOUT_S):
+        while not dispatcher.statistics().over_lanes:
+            await dispatch()
+            await asyncio.sleep(0.01)
 
 
 async def _times(call: Callable[[], Awaitable[object]], calls: int, warm_up: int | None = None) -> list[float]:

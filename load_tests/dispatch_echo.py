@@ -17,6 +17,7 @@ from pimoe.runtime.links import LinkPool, Packed
 from pimoe.runtime.loop_thread import LoopThread
 from pimoe.runtime.tensors import array_to_wire
 
+LANE = "lane"  # of dispatches only: experts answer there, not bytes
 LINK, GENERIC, ZMQ, ACTOR, HANDLE = ECHO_WAYS = ("link", "link, generic call", "ZeroMQ", "actor", "handle")
 TIMEOUT_S = 60.0
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from dispatch_cluster import IN_PROCESS, deployed
-from dispatch_echo import HANDLE, LINK
+from dispatch_echo import HANDLE, LANE, LINK
 from pimoe.runtime.model.layer_model import write_layer_model
 from report import cores, median_quantile, progress, table
 
@@ -60,6 +60,7 @@ def measure_reference(preset: ReferencePreset) -> list[ReferenceResult]:
     threads = cores()
     ways = {
         f"{IN_PROCESS}, {threads} threads": (IN_PROCESS, threads),
+        f"{LANE}, {GROUPS} processes": (LANE, 1),
         f"{LINK}, {GROUPS} processes": (LINK, 1),
         f"{HANDLE}, {GROUPS} processes": (HANDLE, 1),
     }
@@ -121,11 +122,11 @@ def reference_worse(results: Sequence[ReferenceResult]) -> list[str]:
     lines = [
         f"the reference shape over {r.way} takes {r.to_in_process:.2f}x as long as in-process (p50)"
         for r in results
-        if r.way.startswith(LINK) and r.to_in_process is not None and r.to_in_process > 1
+        if r.way.startswith((LANE, LINK)) and r.to_in_process is not None and r.to_in_process > 1
     ]
     there = next(r for r in results if r.way == PUBLISHED)
     return lines + [
         f"the reference shape, {r.way}: p50 {r.p50_ms:.1f} ms, published {there.p50_ms:.1f} ms (an A100 host)"
         for r in results
-        if r.way.startswith(LINK) and r.p50_ms > there.p50_ms
+        if r.way.startswith((LANE, LINK)) and r.p50_ms > there.p50_ms
     ]

@@ -46,7 +46,7 @@ def test_bytes_and_tokens_are_sent_every_way(facts: dict[str, Any]) -> None:
     rows = {(row["kind"], row["size"], row["groups"], row["way"]): row for row in facts["dispatch"]}
     ways = WAYS - facts["skipped"].keys()
     echo = {("echo", *case) for case in product(SIZES, (1, 2, 4), ways)}
-    experts = {("experts", size, 2, way) for size in (1, 32) for way in ("in-process", "link", "handle")}
+    experts = {("experts", size, 2, way) for size in (1, 32) for way in ("in-process", "lane", "link", "handle")}
     assert rows.keys() == echo | experts
     assert all(0 < row["p50_us"] <= row["p95_us"] for row in rows.values())
     for case, row in rows.items():
@@ -63,11 +63,16 @@ def test_the_target_is_judged_by_the_row_that_it_is_for(facts: dict[str, Any]) -
 
 
 def test_the_reference_shape_stands_beside_what_was_published(facts: dict[str, Any]) -> None:
-    local, link, handle, published = facts["reference"]
-    assert [row["way"].split(",")[0] for row in (local, link, handle)] == ["in-process", "link", "handle"]
+    local, lane, link, handle, published = facts["reference"]
+    assert [row["way"].split(",")[0] for row in (local, lane, link, handle)] == [
+        "in-process",
+        "lane",
+        "link",
+        "handle",
+    ]
     assert (published["p50_ms"], published["p95_ms"], published["tokens_per_s"]) == (16.7, 22.4, 3784.0)
     assert published["to_in_process"] is None
-    for row in (local, link, handle):
+    for row in (local, lane, link, handle):
         assert 0 < row["p50_ms"] <= row["p95_ms"]
         assert row["to_in_process"] == pytest.approx(row["p50_ms"] / local["p50_ms"])
         # Routed tokens are 64 a call; the mean call lies somewhere around the median.
