@@ -60,7 +60,10 @@ def running(contender: Contender, model: Path, sample: Sample) -> Iterator[Serve
         StartError, WrongAnswerError.
     """
     port = free_port()
-    environment = {**os.environ, **contender.variables(model, port)}
+    # What a cluster of this process was told (ports, files, HAProxy) is not for others.
+    told = ("RAY_", "PIMOE_SOCKET_FOLDER")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(told)}
+    environment = {**inherited, **contender.variables(model, port)}
     with tempfile.TemporaryDirectory(prefix="serving-", ignore_cleanup_errors=True) as folder:
         log = Path(folder) / "log"
         started = time.monotonic()
