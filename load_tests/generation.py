@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from pimoe.clients import AsyncClient
 from pimoe.runtime.local import LocalRuntime
+from pimoe.runtime.native import kernels
 from pimoe.runtime.requests import GenerateRequest, SamplingParams
 from pimoe.runtime.router.router import Router
 from random_model import write_random_model
@@ -44,11 +45,13 @@ Burst = Callable[[Sequence[Prompt], int], Awaitable[list[Answer]]]
 
 @dataclass(frozen=True)
 class Way:
-    """One way to generate. `threads`: torch's in this process, while it is measured."""
+    """One way to generate. `threads`: torch's in this process while it is measured, and those of native kernels,
+    unless `kernel_threads` says how many they may use."""
 
     name: str
     threads: int
     burst: Burst
+    kernel_threads: int | None = None
 
     async def ask(self, prompts: Sequence[Prompt], max_tokens: int) -> list[Answer]:
         """All prompts at once.
@@ -57,6 +60,7 @@ class Way:
             RuntimeError: a sequence brought another number of tokens than was asked for.
         """
         torch.set_num_threads(self.threads)
+        kernels.use_threads(self.kernel_threads)
         answers = await self.burst(prompts, max_tokens)
         if short := [len(answer.tokens) for answer in answers if len(answer.tokens) != max_tokens]:
             raise RuntimeError(f"{self.name}: a sequence brought {short[0]} tokens instead of {max_tokens}")

@@ -100,7 +100,9 @@ async def _start(stack: AsyncExitStack, folder: Path, preset: Preset, weights: s
         return (await stack.enter_async_context(runtime)).router
 
     def contender(name: str, router: Router, threads: int, processes: int) -> Contender:
-        return Contender(Way(name, threads, streaming(by_router(router))), router, processes)
+        # As `LocalRuntime` has it: a router whose groups are elsewhere computes with all cores.
+        kernel_threads = cores() if processes else None
+        return Contender(Way(name, threads, streaming(by_router(router)), kernel_threads), router, processes)
 
     local = await start(0)
     found = [
