@@ -38,12 +38,12 @@ def check_checkpoint(settings: AppSettings) -> None:
                 raise CheckpointError(f"{settings.folder}: tensor {name} is {found}, not {list(shape)}")
 
 
-def _expert_bytes(checkpoint: Checkpoint, spec: ExpertSpec, dtype: str, experts: tuple[int, ...]) -> int:
+def _expert_bytes(checkpoint: Checkpoint, spec: ExpertSpec, number_bytes: int, experts: tuple[int, ...]) -> int:
     numbers = len(spec.moe_layers) * len(experts) * spec.parameters_per_expert
     if spec.custom_class is not None:
         prefixes = tuple(spec.prefix(layer, expert) for layer in spec.moe_layers for expert in experts)
         numbers = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names if name.startswith(prefixes))
-    return numbers * DTYPE_BYTES[dtype]
+    return numbers * number_bytes
 
 
 def _trunk_bytes(checkpoint: Checkpoint, spec: ModelSpec, dtype: str) -> int:
@@ -76,9 +76,10 @@ def plan_table(settings: AppSettings) -> Table:
     table.add_row("gateway", *_copies(settings.gateway), "result cache", "", *_resources(settings.gateway))
     held = f"trunk and gates, {_kv_text(settings, spec, dtype)}"
     trunk_bytes = _human(_trunk_bytes(checkpoint, spec, dtype))
+    expert_number_bytes = 1 if settings.expert_quantization == "int8" else DTYPE_BYTES[dtype]
     table.add_row("router", *_copies(settings.router), held, trunk_bytes, *_resources(settings.router))
     for name, experts, group in plan_groups(settings):
-        weights = _human(_expert_bytes(checkpoint, spec.experts, dtype, experts))
+        weights = _human(_expert_bytes(checkpoint, spec.experts, expert_number_bytes, experts))
         table.add_row(
             name, *_copies(group), f"{len(experts)} experts: {_ranges(experts)}", weights, *_resources(group)
         )

@@ -1,6 +1,6 @@
 """Runs the whole measuring stand and writes `load_tests/RESULTS.md`: `make bench`.
 
-    python load_tests/bench.py                          # everything, about an hour; writes RESULTS.md and results/
+    python load_tests/bench.py                          # everything, some hour; writes RESULTS.md and results/
     python load_tests/bench.py --preset tiny            # everything, small; prints the page
     python load_tests/bench.py --out FOLDER             # writes there instead
     python load_tests/bench.py --only NAME [-- ARGS]    # one script, printed, nothing written; may be repeated

@@ -294,9 +294,11 @@ _MAGIC = 0x50694D31
         _REQUEST.pack(_MAGIC, 4, LAYER, 2**31, 2**31, 1, 10**9, 1),
         _REQUEST.pack(_MAGIC, 4, LAYER, 0, HIDDEN, 1, 10**9, 1),
         _REQUEST.pack(_MAGIC, 400, LAYER, 1, HIDDEN, 1, 10**9, 1),
+        _REQUEST.pack(_MAGIC, 0, LAYER, 1, HIDDEN, 1, 10**9, 1),
+        _REQUEST.pack(_MAGIC, 4, LAYER, 2**30, 2**32 - 1, 1, 10**9, 1),
         _REQUEST.pack(_MAGIC, 4, LAYER, 1, HIDDEN, 1, 10**9, 1)[:20],
     ],
-    ids=["http", "too long", "no rows", "wide numbers", "cut off"],
+    ids=["http", "too long", "no rows", "wide numbers", "no numbers", "a length that overflows", "cut off"],
 )
 def test_a_lane_ends_at_nonsense(server: LaneServer, said: bytes) -> None:
     offer = server.offer()

@@ -101,11 +101,13 @@ class LaneServer:
                 peer, _ = listener.accept()
             except OSError:
                 return
-            if self._closed or not self._admits(peer):
+            admitted = self._admits(peer)
+            with self._lock:  # with `close`: a lane is ended by it, or never begins
+                if admitted and not self._closed:
+                    self._lanes.add(peer)
+            if peer not in self._lanes:
                 peer.close()
                 continue
-            with self._lock:
-                self._lanes.add(peer)
             threading.Thread(target=self._serve, args=(peer,), name="lane", daemon=True).start()
 
     def _admits(self, peer: socket.socket) -> bool:

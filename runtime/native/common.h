@@ -1,5 +1,4 @@
-// What the kernels of all instruction sets share: types, the layers they work on, and the table through which they
-// are called.
+// What the kernels of all instruction sets share: types, the layers they work on, memory.
 #pragma once
 
 #include <algorithm>

@@ -91,7 +91,7 @@ def available() -> bool:
 
 def are_fast() -> bool:
     """Whether they are to be preferred to torch's own, which on other processors are better than portable code."""
-    return _name not in ("portable", "avx2") or _VARIABLE in os.environ
+    return available() and (_name not in ("portable", "avx2") or _VARIABLE in os.environ)
 
 
 def description() -> str:
@@ -115,7 +115,7 @@ def supports(dtype: torch.dtype, device: torch.device | str, k: int) -> bool:
 
 def _on_large_pages(numbers: int, dtype: torch.dtype) -> Tensor:
     """Memory for weights, which are read from one end to the other: on pages of 2 MB, where the system has them, a
-    core read them 1.2 to 1.3 times as fast."""
+    core reads them faster (1.25 times on one machine, the best of 200 calls)."""
     size = numbers * dtype.itemsize
     if size < 2 * _LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(numbers, dtype=dtype)
@@ -158,10 +158,8 @@ class PackedMatrices:
         if self._scales is not None:
             weight, scales = quantize(weight)
             self._scales[index, : len(scales)] = scales
-        paired = self.kind in (Kind.BF16, Kind.I8_BF16)
         magnitudes = self.kind == Kind.I8_BF16 and _magnitudes
-        if self.kind == Kind.I8_BF16 and not magnitudes:
-            paired = False
+        paired = self.kind == Kind.BF16 or magnitudes
         self._weights[index] = pack(weight.to(self._weights.dtype), paired, magnitudes)
         if self._bias is not None and bias is not None:
             self._bias[index, : len(bias)] = bias
@@ -173,11 +171,10 @@ class PackedLinear:
     Args:
         weight: `[out, in]`, float32 or bfloat16.
         bias: `[out]`, or None.
-        int8: whether weights are rounded to int8.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, int8: bool = False) -> None:
-        kind = kind_of(weight.dtype, int8)
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        kind = kind_of(weight.dtype, int8=False)
         assert kind is not None
         self.dtype = weight.dtype
         columns, k = weight.shape

@@ -18,6 +18,7 @@ using ExpertsKernel = void (*)(const Experts&, const Dispatch&, int);
 
 constexpr uint32_t LANE_MAGIC = 0x50694d31;
 constexpr int64_t LANE_MAX_BYTES = 64 << 20;
+constexpr uint32_t LANE_MAX_COUNT = 1 << 20;  // of rows, pairs and numbers in a row: no product of these overflows
 constexpr int LANE_MAX_GROUPS = 256;
 
 enum LaneStatus : uint32_t { LANE_DONE = 0, LANE_REFUSED = 1, LANE_LATE = 2 };
@@ -89,16 +90,23 @@ inline bool pairs_fit(const Experts& layer, const Dispatch& work) {
   return true;
 }
 
+// Whether a request is one, of lengths that may be worked with. Before anything is computed from them.
+inline bool is_request(const LaneRequest& asked) {
+  return asked.magic == LANE_MAGIC && (asked.number_bytes == 2 || asked.number_bytes == 4) && asked.rows >= 1 &&
+         asked.rows <= LANE_MAX_COUNT && asked.pairs <= LANE_MAX_COUNT && asked.hidden <= LANE_MAX_COUNT;
+}
+
 // Answers dispatches on a blocking socket until it ends or talks nonsense. `layers[n]`: the experts of layer n, or null.
 inline void serve_lane(int socket, const Experts* const* layers, int64_t layer_count, LaneControl* control,
                        ExpertsKernel kernel) {
   Scratch received, answered;
   LaneRequest asked;
   while (receive_all(socket, &asked, sizeof asked)) {
+    if (!is_request(asked)) return;
     const uint64_t started = now_ns();
     const Experts* layer = asked.layer < layer_count ? layers[asked.layer] : nullptr;
     const LaneBody body(asked.rows, asked.pairs, asked.hidden, asked.number_bytes);
-    if (asked.magic != LANE_MAGIC || body.bytes > LANE_MAX_BYTES || asked.rows < 1 || asked.number_bytes > 4) return;
+    if (body.bytes > LANE_MAX_BYTES) return;
     auto* bytes = received.get<char>(body.bytes);
     if (!receive_all(socket, bytes, body.bytes)) return;
     const int64_t sums_bytes = int64_t(asked.rows) * asked.hidden * 4;

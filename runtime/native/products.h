@@ -198,14 +198,7 @@ inline void run_product(Kind kind, const Matrix& matrix, const void* rows, int64
                         int64_t columns, int threads) {
   const auto* floats = static_cast<const float*>(rows);
   const auto* halves = static_cast<const uint16_t*>(rows);
-  switch (kind) {
-    case F32: return product_of<F32>(matrix, floats, count, static_cast<float*>(out), columns, threads);
-    case I8_F32: return product_of<I8_F32>(matrix, floats, count, static_cast<float*>(out), columns, threads);
-    case BF16:
-      if (out_f32) return product_of<BF16>(matrix, halves, count, static_cast<float*>(out), columns, threads);
-      return product_of<BF16>(matrix, halves, count, static_cast<uint16_t*>(out), columns, threads);
-    default:
-      if (out_f32) return product_of<I8_BF16>(matrix, halves, count, static_cast<float*>(out), columns, threads);
-      return product_of<I8_BF16>(matrix, halves, count, static_cast<uint16_t*>(out), columns, threads);
-  }
+  if (kind == F32) return product_of<F32>(matrix, floats, count, static_cast<float*>(out), columns, threads);
+  if (out_f32) return product_of<BF16>(matrix, halves, count, static_cast<float*>(out), columns, threads);
+  return product_of<BF16>(matrix, halves, count, static_cast<uint16_t*>(out), columns, threads);
 }
