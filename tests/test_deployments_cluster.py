@@ -1,4 +1,4 @@
-"""The flags of a local cluster."""
+"""The flags of a local cluster, and what would run on it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from pimoe.deployments import cluster
 from pimoe.deployments.cluster import serve_flags
+from pimoe.deployments.plan import plan_table
+from pimoe.deployments.settings import AppSettings
 
 FIRST, LAST = "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"
 
@@ -33,3 +35,14 @@ def test_gateways_do_not_listen_where_those_of_another_cluster_do(monkeypatch: p
         taken.listen()
         assert {serve_flags("", 1.0)[FIRST] for _ in range(20)} == {"23500"}
     assert {serve_flags("", 1.0)[FIRST] for _ in range(40)} == {"23000", "23500"}
+
+
+def test_a_plan_counts_a_byte_for_each_number_of_int8_experts() -> None:
+    def weights_of_a_group(quantization: str | None) -> str:
+        cells = list(
+            plan_table(AppSettings.model_validate({"expert_quantization": quantization})).columns[3].cells
+        )
+        return str(cells[2])
+
+    assert weights_of_a_group(None) == "3.0 MiB"
+    assert weights_of_a_group("int8") == "768.0 KiB"
