@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..runtime import garbage
 from ..runtime.experts.group import ExpertGroup
 from ..runtime.experts.options import DEFAULTS, ExpertOptions
 from ..runtime.experts.server import ExpertGroupHandler
@@ -57,7 +57,7 @@ class ExpertGroupReplica:
         self._server = self._thread.run(
             listen(links, self._handler, links.limits, CREDITS, config.name), _START_TIMEOUT_S
         )
-        gc.freeze()  # as in the router
+        garbage.settle()
 
     def describe(self) -> dict[str, Any]:
         """For discovery and the status page; called by broadcast."""

@@ -14,6 +14,7 @@ from typing import Any
 from ray import serve
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..runtime import garbage
 from ..runtime.caching import (
     BypassReason,
     CachedBackend,
@@ -218,6 +219,7 @@ class GatewayReplica:
         self._live.take(user_config, self._change)
         await self._pool.start()
         self._prefetcher.start()
+        garbage.settle()
 
     def _change(self, user_config: Mapping[str, Any]) -> None:
         if "cache" in user_config:

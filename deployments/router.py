@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..runtime import garbage
 from ..runtime.experts.client import RemoteGroup
 from ..runtime.links import LinkPool, LinkServer
 from ..runtime.loop_thread import LoopThread
@@ -61,7 +61,7 @@ class RouterReplica:
         self._live = LiveSettings(config.live)
         self._thread = LoopThread("router")
         self._thread.run(self._start(links, group_handles), _START_TIMEOUT_S)
-        gc.freeze()  # what is loaded stays; a full collection over it would hold requests up for 0.1 s
+        garbage.settle()
 
     async def _start(self, links: LinkConfig, group_handles: list[Any]) -> None:
         names = [name for name, _ in self._config.groups]

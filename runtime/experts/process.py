@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import json
 import os
 import socket
@@ -20,6 +19,7 @@ from typing import Any, TextIO
 
 import torch
 
+from .. import garbage
 from ..errors import PimoeError, from_wire
 from ..links import Endpoint, LinkServer
 from ..links.addresses import new_unix_address
@@ -148,7 +148,7 @@ def _load(config: GroupProcessConfig) -> ExpertGroup:
 
 async def _serve(config: GroupProcessConfig, address: str, parent: TextIO) -> None:
     handler = ExpertGroupHandler(_load(config), config.device)
-    gc.freeze()  # torch alone is 170,000 objects: looking through them would stall a dispatch for 100 ms
+    garbage.settle()
     server = LinkServer(handler, config.secret.encode(), credits=2)
     await server.listen_unix(address)
     try:
