@@ -32,6 +32,7 @@ from dispatch_echo import (
 from numpy.typing import NDArray
 from pimoe.deployments.expert_group import ExpertGroupReplica, GroupConfig
 from pimoe.deployments.replica import LinkConfig, make_pool
+from pimoe.runtime import garbage
 from pimoe.runtime.experts.client import LocalGroup, RemoteGroup
 from pimoe.runtime.experts.group import ExpertGroup
 from pimoe.runtime.links import Call, LinkLimits, Packed, Reply
@@ -150,6 +151,7 @@ class MeasuringRouter:
         }
         self._thread = LoopThread("links")
         self._thread.run(self._open_links(), TIMEOUT_S)
+        garbage.settle()  # as the router does
 
     async def _open_links(self) -> None:
         await asyncio.gather(*(pool.start() for pool in self._pools))
