@@ -63,7 +63,7 @@ PRESETS = {
         tokens=(1, 32),
         reference=ReferencePreset(inner=64, rounds=1, warm_up=2, calls=5),
     ),
-    "default": Preset(rounds=3, link_calls=200, handle_calls=25),
+    "default": Preset(rounds=7, link_calls=200, handle_calls=25),
 }
 
 
