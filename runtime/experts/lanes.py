@@ -39,6 +39,8 @@ _HANDSHAKE_S = 5.0
 _TOKEN_LIFE_S = 30.0
 _MAX_TOKENS = _MAX_LANES = 64
 _READY = b"+"
+# A whole request or answer, twice over as the kernel counts: who sends one must not have to be woken for its rest.
+_SEND_BUFFER_BYTES = 2 * 2**20
 _REST_S = 10.0  # between one lane that failed and the next
 
 
@@ -128,6 +130,7 @@ class LaneServer:
         try:
             with peer, contextlib.suppress(OSError):
                 peer.sendall(_READY)
+                peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
                 peer.settimeout(None)
                 self._table.serve(peer.fileno())
         except MemoryError:
@@ -198,4 +201,5 @@ class Lane:
         except BaseException:
             opened.close()
             raise
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         self._socket = opened
