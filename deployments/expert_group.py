@@ -76,7 +76,8 @@ class ExpertGroupReplica:
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Live settings: `threads`; see `LiveSettings`."""
         self._live.take(
-            user_config, lambda given: torch.set_num_threads(int(given.get("threads", self._config.threads)))
+            user_config,
+            lambda given: self._handler.group.use_threads(int(given.get("threads", self._config.threads))),
         )
 
     def check_health(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import struct
 import threading
@@ -147,6 +148,21 @@ async def test_groups_count_what_their_lanes_compute(stand: Stand) -> None:
     statistics = stand.handlers[0].group.statistics()
     assert statistics[:3] == (1, 5, 15)
     assert statistics.busy_s > 0
+
+
+async def test_a_new_number_of_threads_holds_on_open_lanes(stand: Stand) -> None:
+    dispatcher = await stand.start(1)
+    await eventually(stand.are_open)
+    group, own = stand.handlers[0].group, torch.get_num_threads()
+    try:
+        group.use_threads(1)
+        await dispatch(dispatcher, random_work(40, 3, 0), True)
+        alone = len(os.listdir("/proc/self/task"))
+        group.use_threads(2)
+        await dispatch(dispatcher, random_work(40, 3, 0), True)
+        assert len(os.listdir("/proc/self/task")) == alone + 1
+    finally:
+        torch.set_num_threads(own)
 
 
 async def test_large_dispatches_go_over_links(stand: Stand) -> None:

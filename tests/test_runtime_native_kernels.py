@@ -219,3 +219,14 @@ def test_they_can_be_chosen_by_the_environment() -> None:
     failed = run_with("fastest")
     assert failed.returncode != 0
     assert "PIMOE_NATIVE is 'fastest'" in failed.stderr
+
+
+def test_to_name_the_default_is_to_leave_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch's own kernels are faster only a kernel that was asked for by name is preferred to them."""
+    monkeypatch.setattr(kernels, "_name", "avx2")
+    for value, preferred in ((None, False), ("best", False), ("avx2", True)):
+        if value is None:
+            monkeypatch.delenv("PIMOE_NATIVE", raising=False)
+        else:
+            monkeypatch.setenv("PIMOE_NATIVE", value)
+        assert kernels.are_fast() == preferred

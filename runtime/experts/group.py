@@ -13,10 +13,12 @@ from torch import Tensor
 from ..errors import CheckpointError, InvalidTensorError
 from ..model.checkpoint import Checkpoint
 from ..model.spec import ExpertSpec
+from ..native import kernels
 from ..routing.plan import ExpertRows
 from .lanes import lane_table
 from .layers import LayerExperts
 from .loading import load_layers
+from .native import NativeExperts
 from .options import DEFAULTS, ExpertOptions
 
 
@@ -71,6 +73,18 @@ class ExpertGroup:
             raise CheckpointError(f"experts {unknown} are not in the model, which has {spec.num_experts}")
         layers = load_layers(checkpoint, spec, experts, dtype, device, options)
         return cls(experts, layers, spec.hidden_size)
+
+    def use_threads(self, count: int) -> None:
+        """How many threads compute a batch from now on."""
+        torch.set_num_threads(count)
+        if self.lanes is not None:
+            self.lanes.use_threads(count)
+
+    @property
+    def kernels(self) -> str:
+        """What computes: the native kernels by name, or torch."""
+        native = all(isinstance(held, NativeExperts) for held in self.layers.values())
+        return kernels.description() if native else "torch"
 
     @property
     def weights_bytes(self) -> int:

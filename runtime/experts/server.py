@@ -56,6 +56,7 @@ class ExpertGroupHandler:
         """What discovery tells routers and the status page of this group."""
         return {
             "experts": self.group.experts,
+            "kernels": self.group.kernels,
             "weights_bytes": self.group.weights_bytes,
             "statistics": self.group.statistics()._asdict(),
         }

@@ -91,7 +91,7 @@ def available() -> bool:
 
 def are_fast() -> bool:
     """Whether they are to be preferred to torch's own, which on other processors are better than portable code."""
-    return available() and (_name not in ("portable", "avx2") or _VARIABLE in os.environ)
+    return available() and (_name not in ("portable", "avx2") or os.environ.get(_VARIABLE, "best") != "best")
 
 
 def description() -> str:

@@ -34,11 +34,15 @@ class LaneTable:
         ]
         self._kept = dict(layers)
         self._control = np.zeros(5, np.int64)
+        self.use_threads(threads())
 
     def serve(self, descriptor: int) -> None:
         """Answers dispatches on a blocking socket until that ends; the interpreter's lock is free meanwhile."""
-        self._control[_THREADS] = threads()
         module().serve_lane_on(descriptor, self._layers, self._control.ctypes.data)
+
+    def use_threads(self, count: int) -> None:
+        """How many threads each dispatch may use from now on, on open lanes too."""
+        self._control[_THREADS] = count
 
     def counted(self) -> tuple[int, int, int, float]:
         """Batches, rows and pairs computed, and seconds of computing."""
