@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from generation_targets import target_of_rounds
 from plot import Panel, Series, figure
-from report import table, target
+from report import table
 
 TARGET_PROCESSES = 2
 TARGETS = {1: 0.6, 8: 0.9, 32: 0.9, 128: 1.0}
@@ -21,6 +22,7 @@ class Speed:
         processes: of the groups; 0 in-process.
         tokens_per_s: while all sequences decode.
         ratio: to the fastest in-process way of the same round.
+        lowest, highest: such ratios of single rounds.
         one, two: how many steps ran as one batch and as two micro-batches meanwhile.
     """
 
@@ -30,6 +32,8 @@ class Speed:
     processes: int
     tokens_per_s: float
     ratio: float
+    lowest: float
+    highest: float
     one: int
     two: int
 
@@ -72,11 +76,14 @@ def tables(results: Results) -> str:
 
 def _speeds_table(results: Results, weights: str) -> str:
     rows = [
-        (str(s.sequences), s.way, f"{s.tokens_per_s:,.0f}", f"{s.ratio:.2f}x", f"{s.one:,}", f"{s.two:,}")
+        (
+            *(str(s.sequences), s.way, f"{s.tokens_per_s:,.0f}", f"{s.ratio:.2f}x"),
+            *(f"{s.lowest:.2f}x", f"{s.highest:.2f}x", f"{s.one:,}", f"{s.two:,}"),
+        )
         for s in results.speeds
         if s.weights == weights
     ]
-    header = ("sequences", "way", "tokens/s", "to best in-process", "steps as one", "as two")
+    header = ("sequences", "way", "tokens/s", "to best in-process", "lowest", "highest", "steps as one", "as two")
     return table(f"Isolation, {weights}: decoding", header, rows)
 
 
@@ -111,9 +118,9 @@ def targets(speeds: Sequence[Speed]) -> list[dict[str, Any]]:
     """Of groups in two processes."""
     what = "decode, experts in two processes, {}, {} sequence(s), to in-process"
     return [
-        target(what.format(speed.weights, speed.sequences), speed.ratio, TARGETS[speed.sequences])
-        for speed in speeds
-        if speed.processes == TARGET_PROCESSES and speed.sequences in TARGETS
+        target_of_rounds(what.format(s.weights, s.sequences), s.ratio, s.lowest, s.highest, TARGETS[s.sequences])
+        for s in speeds
+        if s.processes == TARGET_PROCESSES and s.sequences in TARGETS
     ]
 
 

@@ -13,7 +13,7 @@ import asyncio
 import statistics
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -31,9 +31,12 @@ from pimoe.runtime.router.router import Router
 from random_model import Shape, write_random_model
 from report import cores, machine, machine_line, parser, progress, publish, target_table
 from switch_engines import Prompt, decode_rate, random_prompts
-from switch_measurements import BLOCK_TOKENS, median_ratio, take_turns
+from switch_measurements import BLOCK_TOKENS, take_turns
 
 _WARM_UP_ROUND = 99
+# Sequences -> tokens of each answer: they take about a second on two cores, alone as well as with 128. Shorter
+# windows tell more of what else the machine did than of pimoe.
+_SECOND: Mapping[int, int] = {1: 264, 8: 112, 32: 60, 128: 26}
 
 
 @dataclass(frozen=True)
@@ -41,29 +44,31 @@ class Preset:
     """How much to measure.
 
     Attributes:
-        sequences: that decode at once, each `max_tokens` from a prompt of `prompt_tokens`.
+        answers: how many sequences decode at once -> tokens of each, from a prompt of `prompt_tokens`.
         processes: group processes of each way.
         learning_tokens: of the answers from which the engine learns, before it is measured, whether two
             micro-batches pay.
         split_tokens: of the answers in which every part is timed.
     """
 
-    rounds: int = 3
-    sequences: tuple[int, ...] = (1, 8, 32, 128)
+    rounds: int = 5
+    answers: Mapping[int, int] = field(default_factory=lambda: _SECOND)
     processes: tuple[int, ...] = (2, 4)
     prompt_tokens: int = 8
-    max_tokens: int = 20
     learning_tokens: int = 40
-    split_tokens: int = 12
+    split_tokens: int = 24
     shape: Shape = field(default_factory=Shape)
 
     @property
     def limits(self) -> RouterLimits:
-        """Of an engine for the most sequences."""
-        longest = self.prompt_tokens + max(self.max_tokens, self.learning_tokens, self.split_tokens)
-        blocks = 2 * max(self.sequences) * (-(-longest // BLOCK_TOKENS) + 1)
-        engine = EngineLimits(max(self.sequences), kv_blocks=blocks, reuse_prefixes=False)
+        """Of an engine for the most sequences, with twice the blocks that they fill."""
+        most = max(count * self._blocks(tokens) for count, tokens in self.answers.items())
+        engine = EngineLimits(max(self.answers), kv_blocks=2 * most, reuse_prefixes=False)
         return RouterLimits(engine=engine)
+
+    def _blocks(self, tokens: int) -> int:
+        longest = self.prompt_tokens + max(tokens, self.learning_tokens, self.split_tokens)
+        return -(-longest // BLOCK_TOKENS) + 1
 
     def prompts(self, sequences: int, seed: int) -> list[Prompt]:
         """The same for the same seed."""
@@ -72,7 +77,7 @@ class Preset:
 
 _TINY = Shape(64, 2, num_experts=4, top_k=2, expert_size=64, num_heads=2, num_kv_heads=1, vocab_size=256)
 PRESETS = {
-    "tiny": Preset(1, (1, 4), (2, 4), max_tokens=8, learning_tokens=8, split_tokens=8, shape=_TINY),
+    "tiny": Preset(1, {1: 8, 4: 8}, (2, 4), learning_tokens=8, split_tokens=8, shape=_TINY),
     "default": Preset(),
 }
 
@@ -119,11 +124,12 @@ async def _start(stack: AsyncExitStack, folder: Path, preset: Preset, weights: s
 
 async def _speeds(weights: str, preset: Preset, sequences: int, contenders: Sequence[Contender]) -> list[Speed]:
     steps = {contender.way.name: [0, 0] for contender in contenders}
+    max_tokens = preset.answers[sequences]
 
     def measured(contender: Contender) -> Callable[[int], Awaitable[float]]:
         async def measure(index: int) -> float:
             before = contender.micro_batches()
-            answers = await contender.way.ask(preset.prompts(sequences, index), preset.max_tokens)
+            answers = await contender.way.ask(preset.prompts(sequences, index), max_tokens)
             after, counts = contender.micro_batches(), steps[contender.way.name]
             counts[0] += after.single - before.single
             counts[1] += after.double - before.double
@@ -133,23 +139,29 @@ async def _speeds(weights: str, preset: Preset, sequences: int, contenders: Sequ
 
     for contender in contenders:
         prompts = preset.prompts(sequences, _WARM_UP_ROUND)
-        await contender.way.ask(prompts, preset.learning_tokens if contender.processes else preset.max_tokens)
+        await contender.way.ask(prompts, preset.learning_tokens)
     found = await take_turns(preset.rounds, {one.way.name: measured(one) for one in contenders})
     progress("; ".join(f"{name} {statistics.median(values):,.0f}" for name, values in found.items()))
     local = [found[one.way.name] for one in contenders if not one.processes]
     best = [max(values) for values in zip(*local, strict=True)]
-    return [
-        Speed(
-            weights,
-            sequences,
-            one.way.name,
-            one.processes,
-            statistics.median(found[one.way.name]),
-            median_ratio(found[one.way.name], best),
-            *steps[one.way.name],
-        )
-        for one in contenders
-    ]
+    return [_speed(weights, sequences, one, found[one.way.name], best, steps[one.way.name]) for one in contenders]
+
+
+def _speed(
+    weights: str,
+    sequences: int,
+    contender: Contender,
+    values: Sequence[float],
+    best: Sequence[float],
+    steps: Sequence[int],
+) -> Speed:
+    """`values` and `best`: tokens/s of each round, the latter of the fastest in-process way."""
+    ratios = [value / other for value, other in zip(values, best, strict=True)]
+    return Speed(
+        *(weights, sequences, contender.way.name, contender.processes),
+        *(statistics.median(values), statistics.median(ratios), min(ratios), max(ratios)),
+        *steps,
+    )
 
 
 async def _parts(weights: str, preset: Preset, sequences: int, contender: Contender) -> Parts:
@@ -169,7 +181,7 @@ async def _measure(preset: Preset, folder: Path, weights: str, results: Results)
     async with AsyncExitStack() as stack:
         progress(f"{weights}: starting")
         contenders = await _start(stack, folder, preset, weights)
-        for sequences in preset.sequences:
+        for sequences in preset.answers:
             progress(f"{weights}: {sequences} sequences")
             results.speeds += await _speeds(weights, preset, sequences, contenders)
             for contender in contenders:
