@@ -112,7 +112,7 @@ check: install .types/pimoe  ## Lint, types and layers
 format: install  ## Sort imports and format the code
 	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
 
-bench: install rivals wrk  ## Run all benchmarks and write load_tests/RESULTS.md, or BENCH=NAME, one of them
+bench: install $(if $(BENCH)$(findstring tiny,$(ARGS)),,rivals wrk)  ## Run all benchmarks and write load_tests/RESULTS.md, or BENCH=NAME, one of them
 	@$(if $(BENCH),set -e; for name in $(BENCH); do $(BIN)/python load_tests/$$name.py $(ARGS); done,\
 	  $(BIN)/python load_tests/bench.py $(ARGS))
 

@@ -1,7 +1,7 @@
 """Starting and stopping Ray and Serve on this machine, with the flags that pimoe needs.
 
 Serve's flags are read from the environment when Ray starts, so this module sets them before it imports Ray. For a
-cluster that runs already, set them in its own environment: see README.md, "Scaling".
+cluster that runs already, set them in its own environment: see README.md, "Scale".
 """
 
 from __future__ import annotations
