@@ -5,7 +5,8 @@
 The embedded model, two expert groups, the default deployment but for caches so small that they are full before it
 counts. The capacity is measured with a closed loop; then requests arrive at 0.8 times that (Poisson), whatever
 became of those before. Memory, descriptors and threads of every process, and latencies, are sampled meanwhile; the
-exit code is 1 when one of pimoe's processes drifts, ends, or answers wrongly. See README.md.
+exit code is 1 when one of pimoe's processes drifts, ends, or answers wrongly, or when too many requests are
+refused, late or never sent. See README.md.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,13 @@ import numpy as np
 from pimoe.clients import AsyncClient, Client, Limits
 from process_usage import Usage, processes_below, usage
 from report import machine, machine_line, parser, progress, publish
-from soak_drift import Trend
 from soak_results import charts, tables, trends_of
+from soak_verdict import Record, target_rows, verdicts
 from soak_work import SHARES, Model, Outcome, Work
 from stand import Stand, stand, supervised
 
 GROUPS = 2
 LOAD = 0.8
-_HAPROXY = "haproxy"
 _MAX_OUTSTANDING = 1000
 _TIMEOUT_S = 30.0
 
@@ -66,23 +66,6 @@ SMALL_CACHES = {
     "gateway": {"cache": {"max_bytes": 4 * 2**20}, "prompt_cache": {"max_bytes": 2**18, "max_entries": 256}},
     "router": {"engine": {"kv_blocks": 384}},
 }
-
-
-@dataclass
-class Record:
-    """What was seen. Times are seconds since the start of what counts.
-
-    Attributes:
-        samples: by process id.
-        names: of processes, by id.
-        dropped: requests that were due while too many were still unanswered, and so never sent.
-    """
-
-    started: float
-    outcomes: list[Outcome] = field(default_factory=list)
-    samples: dict[int, list[tuple[float, Usage]]] = field(default_factory=dict)
-    names: dict[int, str] = field(default_factory=dict)
-    dropped: int = 0
 
 
 def model_of(url: str) -> tuple[Model, dict[int, str]]:
@@ -123,7 +106,7 @@ async def _open_loop(work: Work, per_s: float, seconds: float, record: Record) -
     while (due := due + float(random.exponential(1 / per_s))) < until:
         await asyncio.sleep(due - time.monotonic())
         if len(running) >= _MAX_OUTSTANDING:
-            record.dropped += 1
+            record.dropped.append(due)
             continue
         task = asyncio.create_task(send(due))
         running.add(task)
@@ -168,34 +151,6 @@ async def _soak(url: str, preset: Preset, model: Model, names: dict[int, str], r
     return capacity, record
 
 
-def _verdicts(trends: Sequence[Trend], record: Record, own: set[int], preset: Preset) -> list[str]:
-    """What speaks against the application; empty: nothing."""
-    last_s = max((samples[-1][0] for samples in record.samples.values()), default=0.0)
-    # HAProxy replaces itself when it is configured anew, but it must not drift.
-    names = {record.names[pid] for pid in own} | {_HAPROXY}
-    against = [f"{record.names[pid]} ended, or was replaced" for pid in own if _is_gone(record, pid, last_s)]
-    failures = Counter(o.ended for o in record.outcomes if o.ended.startswith("failed"))
-    against += [f"{count} requests {ended}" for ended, count in failures.most_common(10)]
-    if preset.judges:
-        drifting = [t for t in trends if t.drifts and (t.subject in names or t.subject in SHARES)]
-        against += [f"{trend.subject}: {trend.quantity} drifts" for trend in drifting]
-    return against
-
-
-def _is_gone(record: Record, pid: int, last_s: float) -> bool:
-    samples = record.samples.get(pid)
-    return not samples or samples[-1][0] < last_s
-
-
-def _targets(against: Sequence[str], trends: Sequence[Trend], preset: Preset) -> list[dict[str, Any]]:
-    others = sum(trend.drifts for trend in trends) if preset.judges else 0
-    measured = "; ".join(against) or f"nothing of pimoe's ({others} trends of other processes do)"
-    minutes = preset.soak_s / 60
-    what = f"soak, {minutes:g} minutes of mixed work at {LOAD:.0%} load: what drifts or fails"
-    reached = not against if preset.judges else None
-    return [{"what": what, "target": "nothing", "measured": measured, "reached": reached}]
-
-
 def _cache_hits(url: str) -> dict[str, Any]:
     with Client(url) as client:
         found: dict[str, Any] = client.status()["cache"]
@@ -209,19 +164,19 @@ def measure(cluster: Stand, preset: Preset, root: int) -> tuple[dict[str, Any], 
     capacity, record = _run(lambda: _soak(cluster.url, preset, model, own, root))
     cache = _cache_hits(cluster.url)
     trends = trends_of(record.names, record.samples, record.outcomes, record.started, preset.window_s)
-    against = _verdicts(trends, record, set(own), preset)
+    against = verdicts(trends, record, set(own), preset.judges)
     facts: dict[str, Any] = {
         "capacity_per_s": capacity,
         "offered_per_s": LOAD * capacity,
         "soak_s": preset.soak_s,
         "outcomes": _outcome_rows(record.outcomes),
-        "dropped": record.dropped,
+        "dropped": len(record.dropped),
         "cache": cache,
         "trends": [asdict(trend) for trend in trends],
         "judged": preset.judges,
         "against": against,
         "drifts": bool(against),
-        "targets": _targets(against, trends, preset),
+        "targets": target_rows(trends, record, set(own), preset.judges),
     }
     chart = charts(record.names, record.samples, record.outcomes, record.started, preset.window_s, set(own))
     return facts, tables(facts, trends), chart

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 MEBIBYTE = 2**20
+_PARTS = 6  # of a run; that many samples at least are judged
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,12 @@ class Trend:
         level: median over the run.
         growth: by the Theil-Sen slope, over the whole run.
         thirds: median of the last third less that of the first.
+        lately: as `growth`, had the whole run gone as its second half.
+        steady: as `growth`, without the largest jump between two sixths of the run.
         bound: growth up to here is none.
-        drifts: whether both say that it grew; a single step, or a few wild samples, move only one of them.
+        excess: the least of the four over what it may be; at most 0 for what does not grow.
+        drifts: whether all four say that it grew. What levels off (pools of connections that are kept alive,
+            caches) does not grow lately, a single step is not steady, and a few wild samples move no median.
     """
 
     subject: str
@@ -54,7 +59,10 @@ class Trend:
     level: float
     growth: float
     thirds: float
+    lately: float
+    steady: float
     bound: float
+    excess: float
     drifts: bool
 
 
@@ -67,13 +75,24 @@ def trend(subject: str, quantity: str, times_s: Sequence[float], values: Sequenc
     """
     level = statistics.median(values)
     bound = BOUNDS[quantity].of(level)
-    if len(values) < 6:
-        return Trend(subject, quantity, level, 0.0, 0.0, bound, False)
-    growth = theil_sen(times_s, values) * (times_s[-1] - times_s[0])
-    third = len(values) // 3
+    if len(values) < _PARTS:
+        return Trend(subject, quantity, level, 0.0, 0.0, 0.0, 0.0, bound, 0.0, False)
+    run_s, third, half = times_s[-1] - times_s[0], len(values) // 3, len(values) // 2
+    growth = theil_sen(times_s, values) * run_s
+    lately = theil_sen(times_s[half:], values[half:]) * run_s
     thirds = statistics.median(values[-third:]) - statistics.median(values[:third])
     # The middles of the outer thirds are two thirds of the run apart.
-    return Trend(subject, quantity, level, growth, thirds, bound, growth > bound and thirds > bound * 2 / 3)
+    # A leak that slows down is one still: half of the speed is enough lately.
+    excess = min(growth, thirds * 3 / 2, 2 * lately, steady := _steady(values)) / bound
+    return Trend(subject, quantity, level, growth, thirds, lately, steady, bound, excess, excess > 1)
+
+
+def _steady(values: Sequence[float]) -> float:
+    # No mean of two: a step in the middle of a part would be two halves of one.
+    edges = [len(values) * index // _PARTS for index in range(_PARTS + 1)]
+    levels = [statistics.median_low(values[start:end]) for start, end in itertools.pairwise(edges)]
+    jumps = sorted(after - before for before, after in itertools.pairwise(levels))
+    return sum(jumps[:-1]) * _PARTS / (len(jumps) - 1)
 
 
 def theil_sen(times: Sequence[float], values: Sequence[float]) -> float:

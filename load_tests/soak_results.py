@@ -8,7 +8,7 @@ from typing import Any
 
 from plot import Panel, Series, figure
 from process_usage import Usage
-from report import quantile, table
+from report import quantile, table, target_table
 from soak_drift import MEBIBYTE, Trend, trend
 from soak_work import TIMED, Outcome
 
@@ -44,7 +44,8 @@ def trends_of(
 def latencies(
     kind: str, outcomes: Sequence[Outcome], started: float, window_s: float
 ) -> dict[str, list[tuple[float, float]]]:
-    """Quantiles in ms over windows, by name: time of the window's middle in s, and value."""
+    """Quantiles in ms over windows, by name: time of the window's middle in s, and value. Of what was answered:
+    `soak_verdict` judges how much was not."""
     windows: dict[int, list[float]] = defaultdict(list)
     for outcome in outcomes:
         if outcome.kind == kind and outcome.ended == "done":
@@ -64,12 +65,13 @@ def tables(facts: Mapping[str, Any], trends: Sequence[Trend]) -> str:
     )
     counts = [tuple(map(str, row.values())) for row in facts["outcomes"]]
     header = ("kind", "done", "refused", "late", "failed")
-    verdict = "; ".join(facts["against"]) or "nothing of pimoe's drifts or fails"
+    verdict = "; ".join(facts["against"]) or "nothing of pimoe's drifts, fails or goes unanswered"
     if not facts["judged"]:
         verdict += " (too short to judge drifts)"
     of_processes = _trend_table("Processes: level and growth over the run", _OF_PROCESSES, trends)
     of_requests = _trend_table("Latencies: level and growth over the run", _QUANTILES, trends)
-    return "\n\n".join([table(intro, header, counts), of_processes, of_requests, f"Verdict: {verdict}"])
+    judged = target_table(facts["targets"])
+    return "\n\n".join([table(intro, header, counts), of_processes, of_requests, judged, f"Verdict: {verdict}"])
 
 
 _UNITS = {"rss_bytes": ("RSS MiB", MEBIBYTE), "p50_ms": ("p50 ms", 1), "p99_ms": ("p99 ms", 1)}
