@@ -25,7 +25,7 @@ from mixed_workload import SHORT, Preset, Result, Totals, closed_loop, results, 
 from pimoe.clients import AsyncClient
 from pimoe.runtime.loop_thread import new_event_loop
 from random_model import Shape, write_random_model
-from report import machine, machine_line, parser, progress, publish, table
+from report import machine, machine_line, parser, progress, publish, table, target, target_table
 from stand import Stand, stand, supervised
 
 SERVED, WHOLE, ALONE, TRANSFORMERS = "served", "served, whole prompts", "served, short only", "transformers"
@@ -167,7 +167,8 @@ def tables(measured: list[Measured], preset: Preset) -> str:
         ("way", "steps", "mean ms", "prompt tokens/step", "as two", "KV blocks, peak", "of", "preemptions"),
         [_steps(t) for t in sums if t.engine],
     )
-    return "\n\n".join([latency, throughput, steps, "\n".join(summary(measured))])
+    judged = [target_table(found)] if (found := targets(measured)) else []
+    return "\n\n".join([latency, throughput, steps, *judged, "\n".join(summary(measured))])
 
 
 def _steps(totals: Totals) -> tuple[str, ...]:
@@ -176,6 +177,13 @@ def _steps(totals: Totals) -> tuple[str, ...]:
     sizes = f"{1e3 * engine['step_s'] / steps:.0f}", f"{engine['prefill_tokens'] / steps:.0f}"
     counts = engine["micro_batches.double"], peaks["kv_blocks.held"], peaks["kv_blocks.total"]
     return totals.way, f"{steps:,.0f}", *sizes, *(f"{n:,.0f}" for n in (*counts, engine["preemptions"]))
+
+
+def targets(measured: list[Measured]) -> list[dict[str, Any]]:
+    """Whether an unlucky short prompt waits no longer than it is to; nothing where it was not served."""
+    what = "first token of short prompts among long ones, served: p99 to p50"
+    rows = [row for results, _ in measured for row in results if (row.way, row.prompts) == (SERVED, SHORT)]
+    return [target(what, row.ratio, TARGET_RATIO, at_most=True) for row in rows]
 
 
 def summary(measured: list[Measured]) -> list[str]:
@@ -227,6 +235,7 @@ def facts_of(measured: list[Measured]) -> dict[str, Any]:
         "mixed_prompts": [asdict(row) for rows, _ in measured for row in rows],
         "mixed_totals": [asdict(totals) for _, totals in measured],
         "mixed_summary": summary(measured),
+        "targets": targets(measured),
     }
 
 
