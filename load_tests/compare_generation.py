@@ -12,7 +12,7 @@ import argparse
 import asyncio
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,6 +25,8 @@ from generation import (
     WEIGHTS,
     Way,
     by_router,
+    machine_and_kernels,
+    machine_lines,
     over_http,
     quantization,
     streaming,
@@ -34,11 +36,14 @@ from generation_results import (
     DECODE,
     LLAMA,
     PREFILL,
+    QUIET,
     SERVED,
     TRANSFORMERS,
     Agreement,
     Rate,
+    Rival,
     chart,
+    rival_of,
     summary,
     tables,
     targets,
@@ -50,13 +55,20 @@ from pimoe.runtime.local import LocalRuntime
 from pimoe.runtime.loop_thread import new_event_loop
 from pimoe.runtime.router.limits import RouterLimits
 from random_model import Shape, write_random_model
-from report import cores, machine, machine_line, parser, progress, publish, target_table
+from report import cores, parser, progress, publish, target_table
 from stand import Stand, stand, supervised
 from switch_engines import Answer, Prompt, decode_rate, prefill_rate, random_prompts
 from switch_measurements import median_ratio, take_turns
 
 _GGUF = {BFLOAT16: "BF16", INT8: "Q8_0"}
 _WARM_UP_TOKENS, _TRIAL_TOKENS = 4, 10
+_TRIAL_SEED = 9999  # no round has it
+_COMPARED_TOKENS = 24  # of each answer; long ones differ after a while
+# Sequences -> tokens of each answer: pimoe takes about a second on two cores, transformers longer. Shorter windows
+# tell more of what else the machine did than of who generates.
+_SECOND: Mapping[int, int] = {1: 224, 8: 96, 32: 52}
+# Sequences -> how often as many prompts follow one another in a round, for the same reason.
+_PREFILLS: Mapping[int, int] = {1: 8, 8: 2}
 
 
 @dataclass(frozen=True)
@@ -65,37 +77,45 @@ class Preset:
 
     Attributes:
         rounds: each goes through all ways, so that all meet the same disturbances.
-        sequences: how many generate at once.
-        decode: tokens of a prompt, and of its answer.
+        answers: how many sequences generate at once -> tokens of each, from a prompt of `prompt_tokens`.
         prefill_tokens: of a prompt, from which one token is generated.
+        prefills: how many prefill at once -> how often in a round; 1 where it does not say.
     """
 
     rounds: int = 3
-    sequences: tuple[int, ...] = (1, 8, 32)
-    decode: tuple[int, int] = (16, 24)
+    answers: Mapping[int, int] = field(default_factory=lambda: _SECOND)
+    prompt_tokens: int = 16
     prefill_tokens: int = 128
+    prefills: Mapping[int, int] = field(default_factory=lambda: _PREFILLS)
     shape: Shape = field(default_factory=Shape)
 
     @property
     def context_tokens(self) -> int:
         """The longest sequence."""
-        return max(sum(self.decode), self.prefill_tokens + 1)
+        return max(self.prompt_tokens + max(self.answers.values()), self.prefill_tokens + 1)
 
 
 _TINY = Shape(64, 2, num_experts=4, top_k=2, expert_size=64, num_heads=2, num_kv_heads=1, vocab_size=256)
 PRESETS = {
-    "tiny": Preset(2, sequences=(1, 4), decode=(8, 8), prefill_tokens=32, shape=_TINY),
+    "tiny": Preset(2, {1: 8, 4: 8}, prompt_tokens=8, prefill_tokens=32, prefills={1: 2}, shape=_TINY),
     "default": Preset(),
 }
 
 
 @dataclass
 class Results:
-    """All that was found. `choices`: how transformers computed; `skipped`: which way could not take part, why."""
+    """All that was found.
+
+    Attributes:
+        choices: how transformers computed.
+        rivals: llama.cpp, once for each kind of weights.
+        skipped: which way could not take part, why.
+    """
 
     rates: list[Rate] = field(default_factory=list)
     agreements: list[Agreement] = field(default_factory=list)
     choices: list[dict[str, Any]] = field(default_factory=list)
+    rivals: list[Rival] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
 
@@ -105,7 +125,7 @@ class Results:
 async def _in_process(stack: AsyncExitStack, folder: Path, preset: Preset, weights: str) -> list[Way]:
     """With one torch thread, which is fastest where steps are small, and with one per core."""
     # Both share a runtime: what one has computed, the other may not know.
-    engine = EngineLimits(max(preset.sequences), reuse_prefixes=False)
+    engine = EngineLimits(max(preset.answers), reuse_prefixes=False)
     limits = RouterLimits(engine=engine)
     runtime = await LocalRuntime.start(folder, limits=limits, **quantization(weights))
     await stack.enter_async_context(runtime)
@@ -127,8 +147,10 @@ async def _ways(
     ways = [Way(SERVED, 1, streaming(over_http(client))), *await _in_process(stack, folder, preset, weights)]
     ways.append(Way(TRANSFORMERS, cores(), rival.burst))
     try:
-        opened = llama(folder, _GGUF[weights], max(preset.sequences), preset.context_tokens)
-        ways.append(Way(f"{LLAMA} {_GGUF[weights]}", 1, stack.enter_context(opened).burst))
+        opened = llama(folder, _GGUF[weights], max(preset.answers), preset.context_tokens)
+        process = stack.enter_context(opened)
+        ways.append(Way(f"{LLAMA} {_GGUF[weights]}", 1, process.burst))
+        results.rivals.append(rival_of(process.about, _GGUF[weights]))
     except RivalMissingError as missing:
         results.skipped[f"{LLAMA} {_GGUF[weights]}"] = str(missing)
     return ways
@@ -139,17 +161,22 @@ async def _ways(
 
 @dataclass(frozen=True)
 class Case:
-    """What is asked at once, and how its rate is read."""
+    """What is asked at once, `repeats` times in a round, and how its rate is read."""
 
     phase: str
     sequences: int
     prompt_tokens: int
     max_tokens: int
     vocab_size: int
+    repeats: int = 1
 
     def prompts(self, seed: int) -> list[Prompt]:
-        """Other ones in each round, or a router knows their beginnings."""
+        """Other ones for each seed, or a router knows their beginnings."""
         return random_prompts(self.vocab_size, self.sequences, self.prompt_tokens, seed)
+
+    def seeds(self, index: int) -> range:
+        """Of a round's prompts."""
+        return range(index * self.repeats, (index + 1) * self.repeats)
 
     def rate(self, prompts: Sequence[Prompt]) -> Callable[[list[Answer]], float]:
         """Tokens/s of answers to `prompts`."""
@@ -158,59 +185,86 @@ class Case:
 
 def _cases(preset: Preset) -> list[Case]:
     vocab = preset.shape.vocab_size
-    decode = [Case(DECODE, count, *preset.decode, vocab) for count in preset.sequences]
-    return decode + [Case(PREFILL, count, preset.prefill_tokens, 1, vocab) for count in preset.sequences]
+    decode = [Case(DECODE, count, preset.prompt_tokens, tokens, vocab) for count, tokens in preset.answers.items()]
+    return decode + [
+        Case(PREFILL, count, preset.prefill_tokens, 1, vocab, preset.prefills.get(count, 1))
+        for count in preset.answers
+    ]
 
 
-async def _choose(rival: Transformers, cases: Sequence[Case], results: Results) -> None:
+def _rounds_of(case: Case, way: Way, answers: list[list[Answer]]) -> Callable[[int], Awaitable[float]]:
+    """Measures one round, told its index; the answers go to `answers`."""
+
+    async def measure(index: int) -> float:
+        found = []
+        for seed in case.seeds(index):
+            prompts = case.prompts(seed)
+            answers.append(answer := await way.ask(prompts, case.max_tokens))
+            found.append(case.rate(prompts)(answer))
+        return statistics.harmonic_mean(found)  # of equally many tokens: all of them by all of the time
+
+    return measure
+
+
+Quiet = dict[Case, list[float]]
+"""Tokens/s of transformers in each round before the cluster starts."""
+
+
+async def _quiet(rival: Transformers, cases: Sequence[Case], rounds: int, results: Results) -> Quiet:
+    """Find how transformers is fastest, and how fast it is while nothing else runs."""
+    way, found = Way(TRANSFORMERS, cores(), rival.burst), {}
     for case in cases:
-        prompts = case.prompts(seed=99)
+        prompts = case.prompts(seed=_TRIAL_SEED)
         await rival.choose(prompts, min(case.max_tokens, _TRIAL_TOKENS), case.rate(prompts))
         choice = rival.choices[case.sequences, case.prompt_tokens]
         results.choices.append({"phase": case.phase, "sequences": case.sequences, **asdict(choice)})
+        measure = _rounds_of(case, way, [])
+        found[case] = [await measure(index) for index in range(rounds)]
+        median = statistics.median(found[case])
+        progress(f"transformers alone: {case.phase}, {case.sequences} sequences: {choice}: {median:,.0f}")
+    return found
 
 
-async def _measure_case(weights: str, case: Case, ways: Sequence[Way], rounds: int, results: Results) -> None:
+async def _measure_case(
+    weights: str, case: Case, ways: Sequence[Way], quiet: Sequence[float], results: Results
+) -> None:
+    """As many rounds as there were quiet ones."""
     answers: dict[str, list[list[Answer]]] = {way.name: [] for way in ways}
-
-    def measured(way: Way) -> Callable[[int], Any]:
-        async def measure(index: int) -> float:
-            prompts = case.prompts(seed=index)
-            answers[way.name].append(found := await way.ask(prompts, case.max_tokens))
-            return case.rate(prompts)(found)
-
-        return measure
-
     for way in ways:
-        await way.ask(case.prompts(seed=98), min(case.max_tokens, _WARM_UP_TOKENS))
-    rates = await take_turns(rounds, {way.name: measured(way) for way in ways})
+        await way.ask(case.prompts(seed=_TRIAL_SEED - 1), min(case.max_tokens, _WARM_UP_TOKENS))
+    measured = {way.name: _rounds_of(case, way, answers[way.name]) for way in ways}
+    rates = {**await take_turns(len(quiet), measured), QUIET: list(quiet)}
     progress("; ".join(f"{name} {statistics.median(values):,.0f}" for name, values in rates.items()))
-    llama_rates = next((values for name, values in rates.items() if name.startswith(LLAMA)), None)
-    results.rates += [
-        Rate(
-            weights,
-            case.phase,
-            case.sequences,
-            name,
-            statistics.median(values),
-            median_ratio(values, rates[TRANSFORMERS]),
-            None if llama_rates is None else median_ratio(values, llama_rates),
-        )
-        for name, values in rates.items()
-    ]
+    results.rates += [_rate(weights, case, name, rates) for name in rates]
     if case.phase == DECODE:
-        results.agreements += [_agreement(weights, case, name, answers) for name in rates if name != TRANSFORMERS]
+        rivals = (TRANSFORMERS, QUIET)
+        results.agreements += [_agreement(weights, case, name, answers) for name in rates if name not in rivals]
+
+
+def _rate(weights: str, case: Case, name: str, rates: Mapping[str, Sequence[float]]) -> Rate:
+    values, beside = rates[name], rates[TRANSFORMERS]
+    quiet = [statistics.median(rates[QUIET])] * len(values)
+    faster = quiet if quiet[0] > statistics.median(beside) else beside
+    ratios = [value / other for value, other in zip(values, faster, strict=True)]
+    llama_rates = next((found for way, found in rates.items() if way.startswith(LLAMA)), None)
+    return Rate(
+        *(weights, case.phase, case.sequences, name, statistics.median(values)),
+        *(median_ratio(values, beside), median_ratio(values, quiet)),
+        *(statistics.median(ratios), min(ratios), max(ratios)),
+        None if llama_rates is None else median_ratio(values, llama_rates),
+    )
 
 
 def _agreement(weights: str, case: Case, name: str, answers: dict[str, list[list[Answer]]]) -> Agreement:
+    compared = min(case.max_tokens, _COMPARED_TOKENS)
     pairs = [
-        (one.tokens, other.tokens)
+        (one.tokens[:compared], other.tokens[:compared])
         for ours, theirs in zip(answers[name], answers[TRANSFORMERS], strict=True)
         for one, other in zip(ours, theirs, strict=True)
     ]
     same = sum(common_tokens(one, other) for one, other in pairs)
     first = sum(one[0] == other[0] for one, other in pairs)
-    return Agreement(weights, case.sequences, name, same, len(pairs) * case.max_tokens, first, len(pairs))
+    return Agreement(weights, case.sequences, name, same, len(pairs) * compared, first, len(pairs))
 
 
 def common_tokens(one: Sequence[int], other: Sequence[int]) -> int:
@@ -219,14 +273,14 @@ def common_tokens(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 async def _measure(
-    preset: Preset, cluster: Stand, folder: Path, weights: str, rival: Transformers, results: Results
+    preset: Preset, cluster: Stand, folder: Path, weights: str, rival: Transformers, quiet: Quiet, results: Results
 ) -> None:
     async with AsyncExitStack() as stack:
         progress(f"{weights}: starting the other ways")
         ways = await _ways(stack, cluster, folder, preset, weights, rival, results)
-        for case in _cases(preset):
+        for case, alone in quiet.items():
             progress(f"{weights}: {case.phase}, {case.sequences} sequences")
-            await _measure_case(weights, case, ways, preset.rounds, results)
+            await _measure_case(weights, case, ways, alone, results)
 
 
 def measure(preset: Preset, cluster: Stand, groups: int, weights: Sequence[str]) -> Results:
@@ -237,11 +291,11 @@ def measure(preset: Preset, cluster: Stand, groups: int, weights: Sequence[str])
         folder = write_random_model(Path(made), preset.shape)
         rival = Transformers(folder, preset.shape.dtype)
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            progress("transformers: finding its fastest experts implementation")
-            runner.run(_choose(rival, _cases(preset), results))
+            progress("transformers alone: finding its fastest experts implementation")
+            quiet = runner.run(_quiet(rival, _cases(preset), preset.rounds, results))
             for kind in known:
                 cluster.serve(folder, groups, quantization(kind))
-                runner.run(_measure(preset, cluster, folder, kind, rival, results))
+                runner.run(_measure(preset, cluster, folder, kind, rival, quiet, results))
     return results
 
 
@@ -250,20 +304,21 @@ def measure(preset: Preset, cluster: Stand, groups: int, weights: Sequence[str])
 
 def run(options: argparse.Namespace) -> None:
     """Measure and publish."""
-    preset, here = PRESETS[options.preset], machine(("transformers",))
+    preset, here = PRESETS[options.preset], machine_and_kernels(("transformers",))
     if options.rounds is not None:
         preset = replace(preset, rounds=options.rounds)
     with stand() as cluster:
         results = measure(preset, cluster, options.groups, options.weights or WEIGHTS)
-    lines = summary(results.rates, results.agreements, results.choices, results.skipped)
-    judged = targets(results.rates)
+    lines = summary(results.rates, results.agreements, results.choices, results.rivals, results.skipped)
+    judged = targets(results.rates, results.agreements)
     facts = {"machine": here, "preset": options.preset, **asdict(results), "targets": judged, "summary": lines}
+    answers = "/".join(map(str, dict.fromkeys(preset.answers.values())))
     titles = {
-        DECODE: f"decoding, {preset.decode[1]} tokens from prompts of {preset.decode[0]}",
+        DECODE: f"decoding, {answers} tokens from prompts of {preset.prompt_tokens}",
         PREFILL: f"prefilling, prompts of {preset.prefill_tokens}",
     }
     shown = tables(results.rates, results.agreements, titles)
-    parts = (machine_line(here), shown, target_table(judged), "\n".join(lines))
+    parts = (machine_lines(here), shown, target_table(judged), "\n".join(lines))
     publish(facts, "\n\n".join(parts), options.json)
     if options.svg is not None:
         Path(options.svg).write_text(chart(results.rates))

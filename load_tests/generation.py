@@ -12,7 +12,7 @@ import inspect
 import itertools
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from pimoe.runtime.native import kernels
 from pimoe.runtime.requests import GenerateRequest, SamplingParams
 from pimoe.runtime.router.router import Router
 from random_model import write_random_model
-from report import progress
+from report import machine, machine_line, progress
 from switch_engines import Answer, Prompt
 
 GROUPS = 2
@@ -116,6 +116,19 @@ def in_step(asked: float, at: Sequence[float], steps: Sequence[Sequence[int]]) -
     """Answers of a rival that advances all sequences together: `steps[i]` are the tokens that came at `at[i]`, one
     for each sequence."""
     return [Answer(asked, list(tokens), at=list(at)) for tokens in zip(*steps, strict=True)]
+
+
+# The machine ---------------------------------------------------------------------------------------------------
+
+
+def machine_and_kernels(more_packages: Iterable[str] = ()) -> dict[str, Any]:
+    """As `report.machine`, and which kernels pimoe computes with here."""
+    return {**machine(more_packages), "kernels": kernels.description()}
+
+
+def machine_lines(machine: dict[str, Any]) -> str:
+    """What `machine_and_kernels` says, in two lines."""
+    return f"{machine_line(machine)}\nnative kernels: {machine['kernels']}"
 
 
 # Weights -------------------------------------------------------------------------------------------------------

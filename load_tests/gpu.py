@@ -2,9 +2,9 @@
 
     python load_tests/gpu.py [--preset tiny] [--device cpu] [--json FILE]
 
-No Ray, no HTTP: `LocalRuntime`, the wide random model in bfloat16. Where torch finds no CUDA device this says so
-and measures nothing; `--device cpu` runs the same on the processor, to try the script itself. Ways take turns
-within every round. See README.md.
+No Ray, no HTTP, no rival: `LocalRuntime` beside itself, the wide random model in bfloat16. Where torch finds no
+CUDA device this says so and measures nothing; `--device cpu` runs the same on the processor, to try the script
+itself. Ways take turns within every round. See README.md.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from generation import Way, by_router, streaming
+from generation import Way, by_router, machine_and_kernels, machine_lines, streaming
 from pimoe.runtime.errors import PimoeError
 from pimoe.runtime.generation.limits import EngineLimits
 from pimoe.runtime.local import LocalRuntime
 from pimoe.runtime.loop_thread import new_event_loop
 from pimoe.runtime.router.limits import RouterLimits
 from random_model import Shape, write_random_model
-from report import machine, machine_line, parser, progress, publish, table
+from report import parser, progress, publish, table
 from switch_engines import decode_rate, prefill_rate, random_prompts
 
-_LIMITS_TEXT = """Not measured: pimoe over HTTP, whose replicas would have parts of the GPU; several GPUs.
+_LIMITS_TEXT = """No rival runs on the GPU here: every ratio is of pimoe to pimoe in-process.
+Not measured: pimoe over HTTP, whose replicas would have parts of the GPU; several GPUs.
 Processes that share a GPU take turns on it unless NVIDIA's MPS runs; dispatches go through host memory."""
 
 
@@ -171,18 +172,18 @@ def tables(rates: Sequence[Rate], where: str, preset: Preset) -> str:
 
 def run(options: argparse.Namespace) -> None:
     """Measure and publish, or say why not."""
-    preset, here, device = PRESETS[options.preset], machine(), options.device
+    preset, here, device = PRESETS[options.preset], machine_and_kernels(), options.device
     facts: dict[str, Any] = {"machine": here, "preset": options.preset, "device": None, "gpu": [], "targets": []}
     if (reason := missing(device)) is not None:
         text = f"No GPU was at hand: {reason}. Nothing was measured."
-        publish({**facts, "skipped": {"GPU": reason}}, f"{machine_line(here)}\n\n{text}", options.json)
+        publish({**facts, "skipped": {"GPU": reason}}, f"{machine_lines(here)}\n\n{text}", options.json)
         return
     torch.set_num_threads(1)
     where = device_name(device)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         rates = runner.run(_measure(preset, device))
     facts |= {"device": where, "gpu": [asdict(rate) for rate in rates]}
-    publish(facts, f"{machine_line(here)}\n\n{tables(rates, where, preset)}", options.json)
+    publish(facts, f"{machine_lines(here)}\n\n{tables(rates, where, preset)}", options.json)
 
 
 def main() -> int:

@@ -14,15 +14,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from generation import machine_and_kernels, machine_lines
 from pimoe.runtime.embedded import CHECKPOINT
 from pimoe.runtime.embedded.evaluate import MAX_ANSWER_TOKENS, evaluate
 from pimoe.runtime.experts.client import LocalGroup
 from pimoe.runtime.local import LocalRuntime
 from pimoe.runtime.loop_thread import new_event_loop
 from pimoe.runtime.model.tokenizer import Tokenizer
-from pimoe.runtime.native import kernels
 from pimoe.runtime.requests import GenerateRequest, SamplingParams
-from report import machine, machine_line, parser, progress, publish, table, target, target_table
+from report import parser, progress, publish, table, target, target_table
 
 PRESETS = {"tiny": 4, "default": 100}  # prompts of each skill
 # dtype of everything else, quantisation of experts
@@ -121,16 +121,16 @@ def tables(results: Sequence[Result]) -> str:
 
 def run(options: argparse.Namespace) -> None:
     """Measure and publish."""
-    here, results = machine(), measure(PRESETS[options.preset])
+    here, results = machine_and_kernels(), measure(PRESETS[options.preset])
     judged = targets(results)
     facts = {
         "machine": here,
         "preset": options.preset,
-        "kernels": kernels.description(),
+        "kernels": here["kernels"],
         "int8_experts": [asdict(result) for result in results],
         "targets": judged,
     }
-    text = f"{machine_line(here)}\nnative kernels: {kernels.description()}\n\n{tables(results)}\n\n"
+    text = f"{machine_lines(here)}\n\n{tables(results)}\n\n"
     publish(facts, text + target_table(judged), options.json)
 
 

@@ -18,7 +18,16 @@ from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from generation import WEIGHTS, Way, by_router, quantization, streaming, unknown_weights
+from generation import (
+    WEIGHTS,
+    Way,
+    by_router,
+    machine_and_kernels,
+    machine_lines,
+    quantization,
+    streaming,
+    unknown_weights,
+)
 from generation_split import PARTS, split
 from isolation_results import Parts, Results, Speed, chart, summary, tables, targets
 from pimoe.runtime.errors import PimoeError
@@ -29,7 +38,7 @@ from pimoe.runtime.loop_thread import new_event_loop
 from pimoe.runtime.router.limits import RouterLimits
 from pimoe.runtime.router.router import Router
 from random_model import Shape, write_random_model
-from report import cores, machine, machine_line, parser, progress, publish, target_table
+from report import cores, parser, progress, publish, target_table
 from switch_engines import Prompt, decode_rate, random_prompts
 from switch_measurements import BLOCK_TOKENS, take_turns
 
@@ -207,14 +216,14 @@ def measure(preset: Preset, weights: Sequence[str]) -> Results:
 
 def run(options: argparse.Namespace) -> None:
     """Measure and publish."""
-    preset, here = PRESETS[options.preset], machine()
+    preset, here = PRESETS[options.preset], machine_and_kernels()
     if options.rounds is not None:
         preset = replace(preset, rounds=options.rounds)
     results = measure(preset, options.weights or WEIGHTS)
     lines = summary(results)
     judged = targets(results.speeds)
     facts = {"machine": here, "preset": options.preset, **asdict(results), "targets": judged, "summary": lines}
-    parts = (machine_line(here), tables(results), target_table(judged), "\n".join(lines))
+    parts = (machine_lines(here), tables(results), target_table(judged), "\n".join(lines))
     publish(facts, "\n\n".join(parts), options.json)
     if options.svg is not None:
         Path(options.svg).write_text(chart(results.speeds))

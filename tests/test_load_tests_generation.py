@@ -14,6 +14,7 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "load_tests"
 LLAMA = FOLDER.parent / ".venv" / "llama" / "bin" / "python"
+QUIET = "transformers, before the cluster started"
 PARTS = ("attention", "gate", "plan", "link", "expert", "combine")
 
 needs_llama = pytest.mark.skipif(not LLAMA.exists(), reason="llama-cpp-python is not installed in .venv/llama")
@@ -48,17 +49,26 @@ def test_every_way_decodes_and_prefills_or_says_why_not(compared: tuple[dict[str
             continue
         rows = {(r["phase"], r["sequences"], r["way"]): r for r in facts["rates"] if r["weights"] == weights}
         ways = {way for _, _, way in rows}
-        assert {"served over HTTP", "in-process, 1 thread", "transformers"} <= ways
+        assert {"served over HTTP", "in-process, 1 thread", "transformers", QUIET} <= ways
         assert (f"llama.cpp {gguf}" in ways) == (f"llama.cpp {gguf}" not in facts["skipped"])
         assert rows.keys() == {(p, n, way) for p in ("decode", "prefill") for n in (1, 4) for way in ways}
         assert all(row["tokens_per_s"] > 0 for row in rows.values())
         assert all(row["to_transformers"] == 1 for (_, _, way), row in rows.items() if way == "transformers")
+        assert all(row["to_quiet"] == 1 for (_, _, way), row in rows.items() if way == QUIET)
+        assert all(row["lowest"] <= row["to_faster"] <= row["highest"] for row in rows.values())
     assert len(facts["targets"]) == 4, "each kind of weights, one sequence and four"
     assert "decode, served, experts in two processes, bfloat16, 1 sequence(s)" in text
     assert "transformers is faster than served in" in text
+    assert f"{QUIET} is faster than served in" in text
     assert all(f"Skipped: {way}: " in text for way in facts["skipped"])
     assert chart.startswith("<svg")
     assert "served over HTTP" in chart
+    rivals = {row["weights"]: row for row in facts["rivals"]}
+    assert rivals.keys() == {gguf for gguf in ("BF16", "Q8_0") if f"llama.cpp {gguf}" not in facts["skipped"]}
+    for row in rivals.values():
+        assert row["file_bytes"] > 0
+        assert f"llama.cpp: {row['title']} {row['version']}; " in text
+    assert text.splitlines()[1] == f"native kernels: {facts['machine']['kernels']}"
 
 
 def test_transformers_computes_in_its_fastest_way(compared: tuple[dict[str, Any], str, str]) -> None:
@@ -78,22 +88,91 @@ def test_the_first_tokens_of_bfloat16_are_mostly_those_of_transformers(
         assert row["same_first"] <= row["same"] <= row["of"]
     # Not all: two logits of a random model may be as good as equal.
     assert sum(row["same_first"] for row in rows) >= 0.7 * sum(row["answers"] for row in rows)
+    assert all(row["wrong"] is None for row in compared[0]["targets"] if "bfloat16" in row["what"])
+
+
+def rate(weights: str, way: str, tokens_per_s: float, ratio: float, to_llama: float | None = None) -> Any:
+    """Decoding one sequence; the rounds lie a tenth apart."""
+    ratios = (ratio, ratio, ratio, ratio - 0.1, ratio + 0.1)
+    return import_module("generation_results").Rate(weights, "decode", 1, way, tokens_per_s, *ratios, to_llama)
+
+
+def agreement(weights: str, sequences: int, same_first: int, answers: int, way: str = "served over HTTP") -> Any:
+    found = import_module("generation_results").Agreement
+    return found(weights, sequences, way, same_first, 8 * answers, same_first, answers)
 
 
 def test_what_is_missed_and_what_is_faster_is_told(load_tests: None) -> None:
     results = import_module("generation_results")
     rates = [
-        results.Rate("bfloat16", "decode", 1, "served over HTTP", 150.0, 1.5, 0.5),
-        results.Rate("bfloat16", "decode", 1, "transformers", 100.0, 1.0, 0.33),
-        results.Rate("bfloat16", "decode", 1, "llama.cpp BF16", 300.0, 3.0, 1.0),
-        results.Rate("int8", "decode", 1, "served over HTTP", 190.0, 1.9, None),
+        rate("bfloat16", "served over HTTP", 150.0, 1.5, 0.5),
+        rate("bfloat16", "transformers", 100.0, 1.0, 0.33),
+        rate("bfloat16", "llama.cpp BF16", 300.0, 3.0, 1.0),
+        rate("int8", "served over HTTP", 190.0, 1.9),
     ]
-    lines = results.summary(rates, [], [], {"llama.cpp Q8_0": "not here"})
-    judged = [(row["target"], row["measured"], row["reached"]) for row in results.targets(rates)]
-    assert judged == [("at least 1.5x", "1.50x", True), ("at least 2x", "1.90x", False)]
+    lines = results.summary(rates, [], [], [], {"llama.cpp Q8_0": "not here"})
+    agreements = [agreement("bfloat16", 1, 3, 3), agreement("int8", 1, 3, 3)]
+    judged = [(row["target"], row["measured"], row["reached"]) for row in results.targets(rates, agreements)]
+    assert judged == [
+        ("at least 1.5x", "1.50x (1.40 to 1.60)", True),
+        ("at least 2x", "1.90x (1.80 to 2.00)", False),
+    ]
     assert "bfloat16: llama.cpp BF16 is faster than served in: decode at 1 (2.0x)." in lines
     assert "bfloat16: transformers is faster than served in: nothing." in lines
     assert lines[-1] == "Skipped: llama.cpp Q8_0: not here."
+
+
+def test_speed_counts_only_where_the_first_tokens_are_right(load_tests: None) -> None:
+    results = import_module("generation_results")
+    rates = [rate("bfloat16", "served over HTTP", 900.0, 9.0), rate("int8", "served over HTTP", 900.0, 9.0)]
+
+    def judged(*agreements: Any) -> list[tuple[bool, str | None]]:
+        return [(row["reached"], row["wrong"]) for row in results.targets(rates, agreements)]
+
+    enough, too_few = agreement("bfloat16", 1, 7, 10), agreement("int8", 1, 69, 100)
+    reason = "first tokens as transformers': 69 of 100, below 70%"
+    assert judged(enough, too_few) == [(True, None), (False, reason)]
+    assert reason in results.targets(rates, [enough, too_few])[1]["measured"]
+    others = [agreement("int8", 1, 100, 100, way="in-process, 1 thread")]
+    assert judged(enough, too_few, *others)[1] == (False, reason), "what is not served does not count"
+    assert judged(agreement("bfloat16", 1, 0, 2), agreement("bfloat16", 8, 98, 98))[0] == (True, None)
+    assert judged() == [(False, "no tokens were compared")] * 2
+
+
+def test_ratios_are_to_the_faster_of_transformers_beside_and_before_the_cluster(load_tests: None) -> None:
+    compare = import_module("compare_generation")
+    case = compare.Case("decode", 1, 8, 8, 256)
+    rates = {
+        "served over HTTP": [300.0, 200.0, 240.0],
+        "transformers": [100.0, 50.0, 60.0],
+        QUIET: [90.0, 120.0, 100.0],
+    }
+    found = compare._rate("bfloat16", case, "served over HTTP", rates)
+    assert (found.to_transformers, found.to_quiet) == (4.0, 2.4)
+    assert (found.to_faster, found.lowest, found.highest) == (2.4, 2.0, 3.0), "before, it was faster"
+    found = compare._rate("bfloat16", case, "served over HTTP", {**rates, QUIET: [10.0, 20.0, 30.0]})
+    assert (found.to_faster, found.lowest, found.highest) == (4.0, 3.0, 4.0), "in each round's own ratio"
+
+
+def test_rounds_prompts_are_never_asked_twice(load_tests: None) -> None:
+    compare = import_module("compare_generation")
+    for case in compare._cases(compare.PRESETS["default"]):
+        asked = [seed for index in range(5) for seed in case.seeds(index)]
+        assert len(asked) == len(set(asked)) == 5 * case.repeats
+        assert case.prompt_tokens + case.max_tokens <= compare.PRESETS["default"].shape.max_tokens
+
+
+def test_llama_cpps_version_file_and_processor_features_are_told(load_tests: None) -> None:
+    results = import_module("generation_results")
+    system = "CPU : SSE3 = 1 | AVX2 = 1 | SVE_CNT = 32 | AVX512 = 0 | "
+    rivals = [
+        results.rival_of({"version": "0.3", "bytes": size, "system": system}, weights)
+        for weights, size in (("BF16", 2000), ("Q8_0", 1000))
+    ]
+    assert rivals[0] == results.Rival("llama-cpp-python", "0.3", "BF16", 2000, "SSE3 AVX2 SVE_CNT=32")
+    files = "BF16 file of 2,000 bytes, Q8_0 file of 1,000 bytes"
+    line = f"llama.cpp: llama-cpp-python 0.3; {files}; SSE3 AVX2 SVE_CNT=32."
+    assert line in results.summary([], [], [], rivals, {})
 
 
 def test_tokens_count_as_the_same_up_to_the_first_other_one(load_tests: None) -> None:
@@ -154,6 +233,9 @@ def test_the_same_engine_is_measured_in_process_and_in_processes(taxed: tuple[di
         assert not row["two"] or (row["processes"] and count > 1), "only processes overlap, and only of several"
     assert "decode, experts in two processes, bfloat16, 1 sequence(s), to in-process" in text
     assert "bfloat16: slower than in-process: " in text
+    assert all(row["lowest"] <= row["ratio"] <= row["highest"] for row in facts["speeds"])
+    assert [row["measured"].count(" to ") for row in facts["targets"]] == [1] * len(facts["targets"])
+    assert text.splitlines()[1] == f"native kernels: {facts['machine']['kernels']}"
     assert chart.startswith("<svg")
 
 
@@ -191,3 +273,14 @@ async def test_splitting_leaves_the_router_as_it_was(load_tests: None, tmp_path:
     assert plain[0].tokens == timed[0].tokens == again[0].tokens
     assert counted == len(steps) == 6, "nothing is recorded afterwards"
     assert [step.tokens for step in steps[1:]] == [1] * 5
+
+
+# gpu -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_gpus_table_says_that_pimoe_is_measured_against_itself(load_tests: None) -> None:
+    gpu = import_module("gpu")
+    rates = [gpu.Rate(8, "in-process", 200.0, 900.0, 1.0), gpu.Rate(8, "2 group processes", 100.0, 800.0, 0.5)]
+    text = gpu.tables(rates, "some GPU", gpu.PRESETS["tiny"])
+    assert "No rival runs on the GPU here" in text
+    assert "pimoe is worse: 2 group processes, 8 sequences: 0.50 of in-process" in text
