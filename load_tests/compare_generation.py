@@ -12,7 +12,7 @@ import argparse
 import asyncio
 import statistics
 import tempfile
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -32,6 +32,7 @@ from generation import (
     streaming,
     unknown_weights,
 )
+from generation_cases import Case, agreement_of, rate_of, rounds_of
 from generation_results import (
     DECODE,
     LLAMA,
@@ -57,13 +58,12 @@ from pimoe.runtime.router.limits import RouterLimits
 from random_model import Shape, write_random_model
 from report import cores, parser, progress, publish, target_table
 from stand import Stand, stand, supervised
-from switch_engines import Answer, Prompt, decode_rate, prefill_rate, random_prompts
-from switch_measurements import median_ratio, take_turns
+from switch_engines import Answer
+from switch_measurements import take_turns
 
 _GGUF = {BFLOAT16: "BF16", INT8: "Q8_0"}
 _WARM_UP_TOKENS, _TRIAL_TOKENS = 4, 10
 _TRIAL_SEED = 9999  # no round has it
-_COMPARED_TOKENS = 24  # of each answer; long ones differ after a while
 # Sequences -> tokens of each answer: pimoe takes about a second on two cores, transformers longer. Shorter windows
 # tell more of what else the machine did than of who generates.
 _SECOND: Mapping[int, int] = {1: 224, 8: 96, 32: 52}
@@ -159,30 +159,6 @@ async def _ways(
 # The measurement -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Case:
-    """What is asked at once, `repeats` times in a round, and how its rate is read."""
-
-    phase: str
-    sequences: int
-    prompt_tokens: int
-    max_tokens: int
-    vocab_size: int
-    repeats: int = 1
-
-    def prompts(self, seed: int) -> list[Prompt]:
-        """Other ones for each seed, or a router knows their beginnings."""
-        return random_prompts(self.vocab_size, self.sequences, self.prompt_tokens, seed)
-
-    def seeds(self, index: int) -> range:
-        """Of a round's prompts."""
-        return range(index * self.repeats, (index + 1) * self.repeats)
-
-    def rate(self, prompts: Sequence[Prompt]) -> Callable[[list[Answer]], float]:
-        """Tokens/s of answers to `prompts`."""
-        return decode_rate if self.phase == DECODE else lambda answers: prefill_rate(prompts, answers)
-
-
 def _cases(preset: Preset) -> list[Case]:
     vocab = preset.shape.vocab_size
     decode = [Case(DECODE, count, preset.prompt_tokens, tokens, vocab) for count, tokens in preset.answers.items()]
@@ -190,20 +166,6 @@ def _cases(preset: Preset) -> list[Case]:
         Case(PREFILL, count, preset.prefill_tokens, 1, vocab, preset.prefills.get(count, 1))
         for count in preset.answers
     ]
-
-
-def _rounds_of(case: Case, way: Way, answers: list[list[Answer]]) -> Callable[[int], Awaitable[float]]:
-    """Measures one round, told its index; the answers go to `answers`."""
-
-    async def measure(index: int) -> float:
-        found = []
-        for seed in case.seeds(index):
-            prompts = case.prompts(seed)
-            answers.append(answer := await way.ask(prompts, case.max_tokens))
-            found.append(case.rate(prompts)(answer))
-        return statistics.harmonic_mean(found)  # of equally many tokens: all of them by all of the time
-
-    return measure
 
 
 Quiet = dict[Case, list[float]]
@@ -218,7 +180,7 @@ async def _quiet(rival: Transformers, cases: Sequence[Case], rounds: int, result
         await rival.choose(prompts, min(case.max_tokens, _TRIAL_TOKENS), case.rate(prompts))
         choice = rival.choices[case.sequences, case.prompt_tokens]
         results.choices.append({"phase": case.phase, "sequences": case.sequences, **asdict(choice)})
-        measure = _rounds_of(case, way, [])
+        measure = rounds_of(case, way, [])
         found[case] = [await measure(index) for index in range(rounds)]
         median = statistics.median(found[case])
         progress(f"transformers alone: {case.phase}, {case.sequences} sequences: {choice}: {median:,.0f}")
@@ -232,44 +194,13 @@ async def _measure_case(
     answers: dict[str, list[list[Answer]]] = {way.name: [] for way in ways}
     for way in ways:
         await way.ask(case.prompts(seed=_TRIAL_SEED - 1), min(case.max_tokens, _WARM_UP_TOKENS))
-    measured = {way.name: _rounds_of(case, way, answers[way.name]) for way in ways}
+    measured = {way.name: rounds_of(case, way, answers[way.name]) for way in ways}
     rates = {**await take_turns(len(quiet), measured), QUIET: list(quiet)}
     progress("; ".join(f"{name} {statistics.median(values):,.0f}" for name, values in rates.items()))
-    results.rates += [_rate(weights, case, name, rates) for name in rates]
+    results.rates += [rate_of(weights, case, name, rates) for name in rates]
     if case.phase == DECODE:
         rivals = (TRANSFORMERS, QUIET)
-        results.agreements += [_agreement(weights, case, name, answers) for name in rates if name not in rivals]
-
-
-def _rate(weights: str, case: Case, name: str, rates: Mapping[str, Sequence[float]]) -> Rate:
-    values, beside = rates[name], rates[TRANSFORMERS]
-    quiet = [statistics.median(rates[QUIET])] * len(values)
-    faster = quiet if quiet[0] > statistics.median(beside) else beside
-    ratios = [value / other for value, other in zip(values, faster, strict=True)]
-    llama_rates = next((found for way, found in rates.items() if way.startswith(LLAMA)), None)
-    return Rate(
-        *(weights, case.phase, case.sequences, name, statistics.median(values)),
-        *(median_ratio(values, beside), median_ratio(values, quiet)),
-        *(statistics.median(ratios), min(ratios), max(ratios)),
-        None if llama_rates is None else median_ratio(values, llama_rates),
-    )
-
-
-def _agreement(weights: str, case: Case, name: str, answers: dict[str, list[list[Answer]]]) -> Agreement:
-    compared = min(case.max_tokens, _COMPARED_TOKENS)
-    pairs = [
-        (one.tokens[:compared], other.tokens[:compared])
-        for ours, theirs in zip(answers[name], answers[TRANSFORMERS], strict=True)
-        for one, other in zip(ours, theirs, strict=True)
-    ]
-    same = sum(common_tokens(one, other) for one, other in pairs)
-    first = sum(one[0] == other[0] for one, other in pairs)
-    return Agreement(weights, case.sequences, name, same, len(pairs) * compared, first, len(pairs))
-
-
-def common_tokens(one: Sequence[int], other: Sequence[int]) -> int:
-    """Tokens until the first that differs."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))
+        results.agreements += [agreement_of(weights, case, name, answers) for name in rates if name not in rivals]
 
 
 async def _measure(

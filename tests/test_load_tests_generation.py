@@ -140,26 +140,28 @@ def test_speed_counts_only_where_the_first_tokens_are_right(load_tests: None) ->
 
 
 def test_ratios_are_to_the_faster_of_transformers_beside_and_before_the_cluster(load_tests: None) -> None:
-    compare = import_module("compare_generation")
-    case = compare.Case("decode", 1, 8, 8, 256)
+    cases = import_module("generation_cases")
+    case = cases.Case("decode", 1, 8, 8, 256)
     rates = {
         "served over HTTP": [300.0, 200.0, 240.0],
         "transformers": [100.0, 50.0, 60.0],
         QUIET: [90.0, 120.0, 100.0],
     }
-    found = compare._rate("bfloat16", case, "served over HTTP", rates)
+    found = cases.rate_of("bfloat16", case, "served over HTTP", rates)
     assert (found.to_transformers, found.to_quiet) == (4.0, 2.4)
     assert (found.to_faster, found.lowest, found.highest) == (2.4, 2.0, 3.0), "before, it was faster"
-    found = compare._rate("bfloat16", case, "served over HTTP", {**rates, QUIET: [10.0, 20.0, 30.0]})
+    found = cases.rate_of("bfloat16", case, "served over HTTP", {**rates, QUIET: [10.0, 20.0, 30.0]})
     assert (found.to_faster, found.lowest, found.highest) == (4.0, 3.0, 4.0), "in each round's own ratio"
 
 
-def test_rounds_prompts_are_never_asked_twice(load_tests: None) -> None:
+def test_no_prompt_begins_as_one_before_in_another_round_or_case(load_tests: None) -> None:
     compare = import_module("compare_generation")
-    for case in compare._cases(compare.PRESETS["default"]):
-        asked = [seed for index in range(5) for seed in case.seeds(index)]
-        assert len(asked) == len(set(asked)) == 5 * case.repeats
-        assert case.prompt_tokens + case.max_tokens <= compare.PRESETS["default"].shape.max_tokens
+    preset, begun = compare.PRESETS["default"], []
+    for case in compare._cases(preset):
+        for seed in [seed for index in range(3) for seed in case.seeds(index)]:
+            begun += [tuple(prompt[:16]) for prompt in case.prompts(seed)]
+        assert case.prompt_tokens + case.max_tokens <= preset.shape.max_tokens
+    assert len(begun) == len(set(begun)), "a router that reuses what it knows of prompts would be ahead"
 
 
 def test_llama_cpps_version_file_and_processor_features_are_told(load_tests: None) -> None:
@@ -176,7 +178,7 @@ def test_llama_cpps_version_file_and_processor_features_are_told(load_tests: Non
 
 
 def test_tokens_count_as_the_same_up_to_the_first_other_one(load_tests: None) -> None:
-    common = import_module("compare_generation").common_tokens
+    common = import_module("generation_cases").common_tokens
     assert common([1, 2, 3, 4], [1, 2, 9, 4]) == 2
     assert common([1, 2], [1, 2]) == 2
     assert common([5, 2], [1, 2]) == 0
