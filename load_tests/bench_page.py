@@ -126,7 +126,18 @@ def _git(repository: Path, *arguments: str) -> str:
 
 
 def _targets(outcomes: Sequence[Outcome]) -> str:
-    rows = []
+    """What scripts judged; those that failed first, since of their own targets some or all may be missing."""
+    rows = [
+        [
+            outcome.name,
+            "all that it promises",
+            "it ends well",
+            f"failed with exit code {outcome.code}",
+            "**missed**",
+        ]
+        for outcome in outcomes
+        if not outcome.succeeded
+    ]
     for outcome in outcomes:
         for target in outcome.facts.get("targets", []):
             reached = target.get("reached")
