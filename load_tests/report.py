@@ -121,10 +121,10 @@ def target(
 
 
 def target_table(targets: Sequence[dict[str, Any]], title: str = "Targets") -> str:
-    """For people."""
+    """For people. What is neither reached nor missed (None) was not judged."""
+    verdicts = {True: "reached", False: "MISSED", None: "not judged"}
     rows = [
-        (*(str(row[name]) for name in ("what", "target", "measured")), "reached" if row["reached"] else "MISSED")
-        for row in targets
+        (*(str(row[name]) for name in ("what", "target", "measured")), verdicts[row["reached"]]) for row in targets
     ]
     return table(title, ("what", "target", "measured", ""), rows)
 

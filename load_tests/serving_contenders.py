@@ -7,6 +7,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from pimoe.deployments.cluster import free_port, haproxy_is_installed
@@ -39,6 +40,8 @@ class Contender:
         distribution: whose version is named.
         workers, threads: processes that compute, and torch threads in each; pimoe decides that by itself. One for
             each core was faster than one with all cores for every rival, by 1.2 to 13 times at 128 connections.
+        variant_of: the key of whom it is with other workers and threads.
+        is_alone: set up for requests that come one by one, and measured at 1 connection only.
         environment: more variables.
         unwrap: from an answer's body to tensor bytes; a request's body is nothing else for all of them.
         note: how it was set up.
@@ -54,6 +57,8 @@ class Contender:
     is_batching: bool = True
     workers: int = field(default_factory=cores)
     threads: int = 1
+    variant_of: str | None = None
+    is_alone: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
     path: str = "/infer"
     headers: Mapping[str, str] = field(default_factory=lambda: {"Content-Type": "application/octet-stream"})
@@ -63,6 +68,11 @@ class Contender:
     def is_ours(self) -> bool:
         """Whether it is pimoe."""
         return self.script is None
+
+    @property
+    def rival(self) -> str:
+        """Its key, or that of whom it is a variant."""
+        return self.variant_of or self.key
 
     def command(self, model: Path, port: int) -> list[str]:
         """What starts it."""
@@ -92,22 +102,27 @@ class Contender:
 
     def version(self) -> str:
         """Of what is measured; empty when that is not known."""
-        command = [self._python, "-c", f"import importlib.metadata as m; print(m.version({self.distribution!r}))"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
+        return _ran(self._python, f"import importlib.metadata as m; print(m.version({self.distribution!r}))")[1]
 
     def missing(self) -> str | None:
         """Why it cannot run here."""
-        if self.key == "serve-haproxy" and not haproxy_is_installed():
+        if self.rival == "serve-haproxy" and not haproxy_is_installed():
             return "HAProxy is not installed; it comes with ray[serve] on Linux"
         if self.package is None:
             return None
         if not self._python.exists():
             return f"{self.package} is not installed: make rivals"
-        command = [self._python, "-c", f"import {self.package}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        if done.returncode == 0:
+        code, _, error = _ran(self._python, f"import {self.package}")
+        if code == 0:
             return None
-        return f"{self.package} cannot be imported: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}"
+        return f"{self.package} cannot be imported: {(error or 'no reason given').splitlines()[-1]}"
+
+
+@cache
+def _ran(python: Path, code: str) -> tuple[int, str, str]:
+    """Exit code, standard output and error; once for all variants."""
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout.strip(), done.stderr.strip()
 
 
 # pimoe and Triton speak the same protocol, in which a body may be the bytes of its only tensor. They answer with

@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,13 +34,14 @@ class Preset:
     Attributes:
         rounds: each goes through all servers, and starts each of them anew.
         connections: of the closed loops, which take `closed_s` each.
-        warm_s: a closed loop at the most connections before the others, not counted; memory is taken after it.
+        warm_s: a closed loop at the most connections before the others, not counted; memory is taken in its midst.
+        alone: rivals (keys) that are set up for 1 connection too; they take part in the first `alone_rounds` only.
         open_shares: rates of the open loops, in parts of what the best rival does in a closed loop; in the last
             round only, when that is known. With one round only, `open_rates` instead, in requests/s.
         ceiling_tokens, ceiling_times: the plain forward, how large and how often in each round.
     """
 
-    rounds: int = 2
+    rounds: int = 3
     connections: tuple[int, ...] = (1, 32, 128)
     closed_s: int = 3
     warm_s: int = 1
@@ -49,6 +51,8 @@ class Preset:
     bodies: int = 512
     ceiling_tokens: int = 256
     ceiling_times: int = 15
+    alone: tuple[str, ...] = ("mosec", "litserve", "bentoml", "triton", "serve-haproxy")
+    alone_rounds: int = 2
 
 
 @dataclass
@@ -90,14 +94,15 @@ def measure(
         if number == preset.rounds - 1 and number > 0:
             best = best_rival(contenders, found)
             rates = tuple(share * best for share in preset.open_shares) if best else rates
+        here = [one for one in contenders if not one.is_alone or number < preset.alone_rounds]
         # Another one begins in each round.
-        shift = number * len(contenders) // preset.rounds
-        for contender in (*contenders[shift:], *contenders[:shift]):
+        shift = number * len(here) // preset.rounds
+        for contender in (*here[shift:], *here[:shift]):
             measured = found[contender.key]
             if measured.failed is None:
                 progress(f"round {number + 1} of {preset.rounds}: {contender.title}")
                 try:
-                    _one_round(contender, model, sample, preset, rates, measured)
+                    _one_round(contender, model, sample, preset, () if contender.is_alone else rates, measured)
                 except (StartError, WrongAnswerError, ServerError, WrkError, OSError) as error:
                     measured.failed = f"{type(error).__name__}: {error}"
                 progress(f"{contender.title}: {_said(measured)}")
@@ -133,13 +138,12 @@ def _one_round(
     measured: Measured,
 ) -> None:
     requests = [request_bytes(contender.path, contender.headers, body) for body in sample.bodies]
-    most = max(preset.connections)
+    levels = (1,) if contender.is_alone else preset.connections
     with running(contender, model, sample) as server:
-        run(lambda: check_all(server, requests, sample, most))
+        run(lambda: check_all(server, requests, sample, max(preset.connections)))
         target = Target(server.url, "POST", contender.headers, sample.bodies)
-        closed_loop(target, most, preset.warm_s)
-        measured.memory_bytes.append(server.memory_bytes())
-        for connections in preset.connections:
+        measured.memory_bytes.append(_memory_under_load(server, target, max(levels), preset.warm_s))
+        for connections in levels:
             until_idle(server, sample)
             load = closed_loop(target, connections, preset.closed_s)
             measured.closed.setdefault(connections, []).append(load)
@@ -152,6 +156,16 @@ def _one_round(
         until_idle(server, sample)
     # Only what was measured to its end counts.
     measured.start_s.append(server.start_s)
+
+
+def _memory_under_load(server: Server, target: Target, connections: int, seconds: float) -> int:
+    """Bytes in the midst of a closed loop that is not counted."""
+    with ThreadPoolExecutor(1) as thread:
+        load = thread.submit(closed_loop, target, connections, seconds)
+        time.sleep(seconds / 2)
+        memory = server.memory_bytes()
+        load.result()
+    return memory
 
 
 def until_idle(server: Server, sample: Sample) -> None:

@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -88,7 +90,9 @@ def test_targets_are_judged_and_charts_drawn(run: Any) -> None:
     for row, least in ((rate, 1.2), (to_default, 5.0), (tokens, 0.6)):
         assert row["reached"] == (row["value"] >= least)
         assert row["target"] == f"at least {least:g}x"
-        assert row["measured"] == f"{row['value']:.2f}x"
+        assert row["measured"].startswith(f"{row['value']:.2f}x")
+    assert p50["measured"].endswith(" of @serve.batch, default; 1 of 6 rivals")
+    assert rate["measured"].endswith("; 2 of 7 rivals")
     assert ("MISSED" in text) == (not all(row["reached"] for row in facts["targets"]))
     assert ElementTree.parse(charts).getroot().tag.endswith("svg")
 
@@ -231,8 +235,18 @@ def closed_row(server: str, connections: int, requests_per_s: float, p50_ms: flo
         "p99_ms": 2 * p50_ms,
         "errors": 0,
         "ratio": None,
+        "rounds": [requests_per_s * 0.9, requests_per_s],
+        "p50_rounds_ms": [p50_ms, p50_ms * 1.1],
     }
     return {**row, **more}
+
+
+def line_up(*alone: str) -> Any:
+    return module("compare_serving").line_up(False, alone)
+
+
+def targets_of(rows: list[dict[str, Any]], *alone: str, levels: Any = (1, 128), **skipped: str) -> Any:
+    return module("serving_targets").target_rows(line_up(*alone), rows, levels, 8000, skipped)
 
 
 def test_targets_compare_with_the_best_rival_and_alone_with_the_best_batching_one() -> None:
@@ -242,16 +256,140 @@ def test_targets_compare_with_the_best_rival_and_alone_with_the_best_batching_on
         closed_row("mosec", 1, 100, 10.0),
         closed_row("pimoe", 128, 1100, 20.0, ratio=1.1),
         closed_row("serve", 128, 200, 90.0),
+        closed_row("mosec", 128, 1000, 30.0, rounds=[900, 1100]),
     ]
-    values = {
-        row["what"]: (row["value"], row["reached"]) for row in module("serving_tables").target_rows(rows, 8000)
-    }
+    values = {row["what"]: (row["measured"], row["reached"]) for row in targets_of(rows)}
     assert values == {
-        "p50 at 1 connection, to the best batching rival": (0.5, True),
-        "requests/s at 128 connections, to the best rival": (1.1, False),
-        "requests/s at 128 connections, to @serve.batch with the default ingress": (5.5, True),
-        "tokens/s, to the plain torch forward with all cores": (pytest.approx(0.55), False),
+        "p50 at 1 connection, to the best batching rival": ("0.50x (0.50 to 0.50) of mosec; 1 of 6 rivals", True),
+        "requests/s at 128 connections, to the best rival": (
+            "1.10x (1.00 to 1.10) of mosec; 2 of 7 rivals",
+            False,
+        ),
+        "requests/s at 128 connections, to @serve.batch default": ("5.50x (5.50 to 5.50)", True),
+        "tokens/s, to the plain torch forward with all cores": ("0.55x (0.49 to 0.55)", False),
     }
+
+
+def test_alone_the_better_of_a_rivals_set_ups_is_judged_and_every_set_up_is_counted() -> None:
+    rows = [
+        closed_row("pimoe", 1, 200, 5.0, p50_rounds_ms=[4.0, 5.0, 6.0]),
+        closed_row("mosec", 1, 100, 10.0),
+        closed_row("mosec-1x2", 1, 160, 6.0, p50_rounds_ms=[5.0, 8.0]),
+    ]
+    p50, _ = targets_of(rows, "mosec", "litserve", levels=(1,))
+    assert p50["measured"] == "0.83x (0.62 to 0.80) of mosec-1x2; 2 of 8 rivals"
+    assert (p50["reached"], p50["rival"]) == (False, "mosec-1x2")
+
+
+def test_a_promise_is_missed_where_pimoe_failed_and_says_why() -> None:
+    rivals = [closed_row("mosec", count, 100, 10.0) for count in (1, 128)]
+    everywhere = targets_of(rivals, **{"pimoe, 2 expert groups": "failed: StartError: no answer"})
+    assert len(everywhere) == 4
+    for row in everywhere:
+        assert (row["reached"], row["value"]) == (False, None)
+        assert row["measured"] == "pimoe failed: StartError: no answer"
+    assert [row["target"] for row in everywhere] == [
+        "at most 0.7x",
+        "at least 1.2x",
+        "at least 5x",
+        "at least 0.6x",
+    ]
+    at_128 = {"pimoe, 2 expert groups at 128 connections": "failed: 20 of 1,000 requests failed"}
+    p50, rate, default, tokens = targets_of([*rivals, closed_row("pimoe", 1, 1800, 5.0)], **at_128)
+    assert p50["reached"]
+    assert tokens["reached"]
+    for row in (rate, default):
+        assert (row["reached"], row["measured"]) == (False, "pimoe failed: 20 of 1,000 requests failed")
+
+
+def test_a_promise_without_a_measured_rival_is_not_judged() -> None:
+    rows = [closed_row("pimoe", count, 2000, 5.0) for count in (1, 128)]
+    p50, rate, default, tokens = targets_of(rows, **{"@serve.batch, default": "failed: it fell over"})
+    assert tokens["reached"]
+    for row, why in ((p50, "no rival was"), (rate, "no rival was"), (default, "failed: it fell over")):
+        assert (row["reached"], row["measured"]) == (None, f"not measured: {why}")
+    assert all(row["reached"] is None for row in targets_of([closed_row("mosec", 1, 100, 10.0)]))
+    table = module("report").target_table([p50, tokens])
+    assert [line.split()[-1] for line in table.splitlines()[3:]] == ["judged", "reached"]
+
+
+def test_who_is_set_up_for_one_connection_has_one_worker_with_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    compare_serving = module("compare_serving")
+    monkeypatch.setattr(compare_serving, "cores", lambda: 4)
+    everybody = line_up("mosec", "triton")
+    alone = [(one.key, one.title, one.rival, one.workers, one.threads) for one in everybody if one.is_alone]
+    assert alone == [
+        ("mosec-1x4", "mosec 1x4", "mosec", 1, 4),
+        ("triton-1x4", "Triton (pytriton) 1x4", "triton", 1, 4),
+    ]
+    assert {one.key for one in everybody if not one.is_alone} == KEYS
+    every_way = compare_serving.line_up(True, ("mosec",))
+    assert not any(one.is_alone for one in every_way), "both ways are measured at every number of connections"
+    assert len(every_way) == 1 + 2 * (len(KEYS) - 1)
+    monkeypatch.setattr(compare_serving, "cores", lambda: 1)
+    assert {one.key for one in line_up("mosec")} == KEYS, "one worker with one core is what is measured anyway"
+
+
+def test_who_is_set_up_for_one_connection_is_measured_there_only_and_in_the_first_rounds(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving_rounds, serving_process = module("serving_rounds"), module("serving_process")
+    asked: list[tuple[str, int]] = []
+
+    @contextmanager
+    def running(contender: Any, *_: Any) -> Iterator[Any]:
+        yield serving_process.Server(contender, len(contender.key), 0, 1.0)
+
+    def closed_loop(target: Any, connections: int, seconds: float) -> Any:
+        if seconds:
+            asked.append((keys[int(target.url.split(":")[2].split("/")[0])], connections))
+        return load(100)
+
+    for name, fake in (("running", running), ("closed_loop", closed_loop), ("until_idle", lambda *_: None)):
+        monkeypatch.setattr(serving_rounds, name, fake)
+    monkeypatch.setattr(serving_rounds, "run", lambda work: "an open loop")
+    everybody = [one for one in line_up("mosec") if one.rival in ("pimoe", "mosec", "triton")]
+    keys = {len(one.key): one.key for one in everybody if one.key != "pimoe"} | {5: "pimoe or mosec"}
+    preset = serving_rounds.Preset(connections=(1, 32), closed_s=1, warm_s=0, ceiling_tokens=1, ceiling_times=1)
+    found = serving_rounds.measure(everybody, model, module("serving_model").Sample(model, 1), preset, [])
+    (alone,) = (one.key for one in everybody if one.is_alone)
+    assert [each for each in asked if each[0] == alone] == [(alone, 1)] * 2
+    assert sorted(each[1] for each in asked if each[0] == "triton") == [1] * 3 + [32] * 3
+    assert len(found["triton"].open) == 3
+    assert not found[alone].open
+
+
+def open_row(server: str, rate: float, offered: int, answered: int) -> dict[str, Any]:
+    return {
+        **{"server": server, "title": server, "is_ours": server == "pimoe", "requests_per_s": rate},
+        **{"offered": offered, "answered": answered, "refused": 0, "late": offered - answered, "failed": 0},
+        **{"p50_ms": 20.0, "p99_ms": 40.0, "lag_p99_ms": 7.5},
+    }
+
+
+def test_an_open_loop_shows_the_generators_lag_and_charts_only_what_was_answered() -> None:
+    serving_tables = module("serving_tables")
+    closed = [closed_row("pimoe", 1, 200, 5.0, is_alone=False), closed_row("mosec", 1, 200, 5.0, is_alone=False)]
+    opened = [open_row("pimoe", 100, 300, 300), open_row("mosec", 100, 300, 250)]
+    table = serving_tables._open_table(opened, 3.0)
+    assert "one sample of 3 s for each rate" in table
+    assert all(line.endswith("40.0 ms   7.5 ms") for line in table.splitlines()[-2:])
+    drawn = serving_tables.charts({"closed": closed, "open": opened})
+    nothing_open = serving_tables.charts({"closed": closed, "open": opened[1:]})
+    assert drawn.count("mosec") == nothing_open.count("mosec"), "it has no point among p99s"
+    assert "97%" in drawn
+    assert "97%" not in nothing_open
+
+
+def test_without_rounds_before_the_last_the_missing_open_loop_is_named() -> None:
+    serving_rounds, compare_serving = module("serving_rounds"), module("compare_serving")
+    found = {"pimoe": serving_rounds.Measured()}
+    (told,) = compare_serving.notes([], found, serving_rounds.Preset(rounds=1))
+    assert told.startswith("No open loop")
+    found["pimoe"].open[10.0] = "an open loop"
+    assert not any("open" in told for told in compare_serving.notes([], found, serving_rounds.Preset()))
+    alone = [one for one in line_up("mosec") if one.is_alone]
+    assert "2 of 3 rounds" in compare_serving.notes(alone, found, serving_rounds.Preset())[0]
 
 
 def test_where_pimoe_is_worse_is_said() -> None:
