@@ -1,26 +1,27 @@
-"""Hits over HTTP, beside the same request computed and beside a handler that does nothing, behind one HAProxy."""
+"""Hits over HTTP, beside the same request computed and beside handlers that do nothing, behind one HAProxy."""
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from cache_empty import start_empty, stop_empty
 from cache_requests import Asked, ask_both, get_status, post
 from closed_loop import measure
 from report import progress, table, target
-from stand import QUIET, Stand
-from wrk import Load
+from stand import Stand
+from wrk import Load, Target
 
-HIT, EMPTY, COMPUTED = "hit", "empty handler", "computed"
-WAYS = (HIT, EMPTY, COMPUTED)
+HIT, EMPTY, PAST_SERVE, COMPUTED = "hit", "empty handler", "empty handler, past Serve", "computed"
+WAYS = (HIT, EMPTY, PAST_SERVE, COMPUTED)
 MOST_P50, LEAST_RATE = 1.5, 0.7  # the targets: of a hit, over the empty handler's
-_NAME = "empty"
-_ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}  # as in deployments/app.py: it is faster so
-_READY_TIMEOUT_S = 30.0
+MOST_ERRORS = 0.01  # of requests; more, and how fast the others were says nothing
+_NAMES = {EMPTY: "empty", PAST_SERVE: "past-serve"}
+_WARM_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Served:
     Attributes:
         requests_per_s, p50_us, p99_us: medians over rounds.
         failed: of all rounds together.
-        rate_to_empty, p50_to_empty: over the empty handler's.
+        fault: why these numbers are none: too many requests failed in one of the rounds.
+        rate_to_empty, p50_to_empty: over the empty handler's; None where either has a fault.
         generator: what asked.
     """
 
@@ -41,30 +43,10 @@ class Served:
     p50_us: float
     p99_us: float
     failed: int
-    rate_to_empty: float
-    p50_to_empty: float
+    fault: str | None
+    rate_to_empty: float | None
+    p50_to_empty: float | None
     generator: str
-
-
-class EmptyHandler:
-    """A Starlette application with routes that answer constants, as the gateway's replica has its own."""
-
-    def __init__(self, answers: dict[str, tuple[bytes, str]]) -> None:
-        self._answers = answers
-
-    def __serve_build_asgi_app__(self) -> Any:
-        from starlette.applications import Starlette
-        from starlette.requests import Request
-        from starlette.responses import Response
-        from starlette.routing import Route
-
-        def route(name: str, body: bytes, content_type: str) -> Route:
-            async def answer(request: Request) -> Response:
-                return Response(body, media_type=content_type)
-
-            return Route(f"/{name}", answer, methods=["POST"])
-
-        return Starlette(routes=[route(name, *answer) for name, answer in self._answers.items()])
 
 
 def measure_served(
@@ -78,53 +60,54 @@ def measure_served(
     status = get_status(cluster.url)
     model, gateways = status["model"], len(status["gateways"])
     asked = ask_both(cluster.url, model["name"], model["hidden_size"])
-    empty = _start_empty(cluster.url, asked, gateways)
-    targets = {
-        (one.name, way): target
-        for one in asked
-        for way, target in zip(
-            WAYS, (one.target, one.elsewhere(f"{empty}/{one.name}"), one.past_the_cache()), strict=True
-        )
-    }
-    cases = [(one.name, count, way) for one, count, way in product(asked, connections, WAYS)]
-    loads: dict[tuple[str, int, str], list[Load]] = {case: [] for case in cases}
-    try:
+    groups = list(product(asked, connections))
+    loads: dict[Case, list[Load]] = {(one.name, count, way): [] for one, count in groups for way in WAYS}
+    with ExitStack() as stack:
+        urls = {}
+        for way, name in _NAMES.items():
+            stack.callback(stop_empty, name)
+            urls[way] = start_empty(cluster.url, asked, gateways, name, past_serve=way == PAST_SERVE)
+        progress("cache over HTTP: warming up")
+        for one, way in product(asked, WAYS):
+            _load(one, way, urls, max(connections), _WARM_S)
         for index in range(rounds):
             progress(f"cache over HTTP: round {index + 1} of {rounds}")
-            for name, count, way in cases:
-                loads[name, count, way].append(measure(targets[name, way], count, seconds))
+            for one, count in groups:
+                for way in turns(index):
+                    loads[one.name, count, way].append(_load(one, way, urls, count, seconds))
             _check_hits(asked)
-    finally:
-        _stop_empty()
-    return [_served(case, loads) for case in cases], gateways
+    return [served_of(case, loads) for case in loads], gateways
 
 
-def _start_empty(url: str, asked: Sequence[Asked], replicas: int) -> str:
-    """Where it answers. As many replicas as the gateway, with the options that make the gateway fast."""
-    from ray import serve
-
-    progress("cache: starting an empty handler behind the same HAProxy")
-    options: dict[str, Any] = {
-        "num_replicas": replicas,
-        "max_ongoing_requests": 100_000,
-        "ray_actor_options": {"num_cpus": 0, "runtime_env": {"env_vars": _ENVIRONMENT}},
-    }
-    answers = {one.name: (one.answer, one.content_type) for one in asked}
-    application = serve.deployment(serve.ingress()(EmptyHandler), name=_NAME, **options).bind(answers)
-    serve.run(application, name=_NAME, route_prefix=f"/{_NAME}", logging_config=QUIET)
-    until = time.monotonic() + _READY_TIMEOUT_S
-    for one in asked:
-        while (found := post(one.elsewhere(f"{url}/{_NAME}/{one.name}")))[2] != one.answer:
-            if time.monotonic() > until:
-                raise RuntimeError(f"the empty handler answers {found[0]}: {found[2][:300]!r}")
-            time.sleep(0.2)
-    return f"{url}/{_NAME}"
+Case = tuple[str, int, str]  # as the first fields of what is served
 
 
-def _stop_empty() -> None:
-    from ray import serve
+def turns(index: int) -> tuple[str, ...]:
+    """All ways; every round begins with another one."""
+    first = index % len(WAYS)
+    return WAYS[first:] + WAYS[:first]
 
-    serve.delete(_NAME)
+
+def _load(one: Asked, way: str, urls: dict[str, str], connections: int, seconds: float) -> Load:
+    """What it did; nothing of it is under way any more afterwards."""
+    found = measure(_target(one, way, urls), connections, seconds)
+    if way == COMPUTED:
+        _until_idle(one)
+    return found
+
+
+def _target(one: Asked, way: str, urls: dict[str, str]) -> Target:
+    if way in urls:
+        return one.elsewhere(f"{urls[way]}/{one.name}")
+    return one.past_the_cache() if way == COMPUTED else one.target
+
+
+def _until_idle(one: Asked) -> None:
+    """Wait for an answer that is computed: a load ends in the middle of requests, and what is computed for nobody
+    any more would slow down what is measured next."""
+    status, _, body = post(one.past_the_cache())
+    if status != 200:
+        raise RuntimeError(f"{one.name} is not computed any more: {status} {body[:300]!r}")
 
 
 def _check_hits(asked: Sequence[Asked]) -> None:
@@ -134,12 +117,21 @@ def _check_hits(asked: Sequence[Asked]) -> None:
             raise RuntimeError(f"{one.name} is not answered by the cache any more: {status} {headers}")
 
 
-def _served(case: tuple[str, int, str], loads: dict[tuple[str, int, str], list[Load]]) -> Served:
+def served_of(case: Case, loads: dict[Case, list[Load]]) -> Served:
+    """What rounds come to, beside those of the empty handler."""
     rate, p50, p99 = _medians(loads[case])
-    empty_rate, empty_p50, _ = _medians(loads[case[0], case[1], EMPTY])
+    base = loads[case[0], case[1], EMPTY]
+    fault = _fault(loads[case])
+    ratios: tuple[float | None, float | None] = (None, None)
+    if fault is None and _fault(base) is None:
+        empty_rate, empty_p50, _ = _medians(base)
+        ratios = (rate / empty_rate, p50 / empty_p50)
     failed = sum(load.failed for load in loads[case])
-    ratios = (rate / empty_rate, p50 / empty_p50)
-    return Served(*case, rate, p50, p99, failed, *ratios, loads[case][0].generator)
+    return Served(*case, rate, p50, p99, failed, fault, *ratios, loads[case][0].generator)
+
+
+def _fault(loads: Sequence[Load]) -> str | None:
+    return next((fault for load in loads if (fault := load.fault(MOST_ERRORS)) is not None), None)
 
 
 def _medians(loads: Sequence[Load]) -> tuple[float, float, float]:
@@ -150,6 +142,10 @@ def _medians(loads: Sequence[Load]) -> tuple[float, float, float]:
 # For people ----------------------------------------------------------------------------------------------------
 
 
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}x"
+
+
 def served_table(results: Sequence[Served]) -> str:
     """Rates and latencies, and their ratios to the empty handler's."""
     title = f"The cache over HTTP, closed loop by {results[0].generator} (medians of rounds)"
@@ -158,7 +154,7 @@ def served_table(results: Sequence[Served]) -> str:
         (
             *(r.request, str(r.connections), r.way, f"{r.requests_per_s:,.0f}"),
             *(f"{r.p50_us / 1e3:,.2f}", f"{r.p99_us / 1e3:,.2f}", f"{r.failed}"),
-            *(f"{r.rate_to_empty:.2f}x", f"{r.p50_to_empty:.2f}x"),
+            *(_times(r.rate_to_empty), _times(r.p50_to_empty)),
         )
         for r in results
     ]
@@ -166,30 +162,46 @@ def served_table(results: Sequence[Served]) -> str:
 
 
 def targets(results: Sequence[Served]) -> list[dict[str, Any]]:
-    """Whether a hit is as near to the empty handler as it is to be."""
-    return [row for r in results if r.way == HIT for row in _targets(r)]
+    """Whether a hit is as near to the empty handler as it is to be; missed where it could not be measured."""
+    faults = {(r.request, r.connections, r.way): r.fault for r in results}
+    return [row for r in results if r.way == HIT for row in _targets(r, faults[r.request, r.connections, EMPTY])]
 
 
-def _targets(hit: Served) -> list[dict[str, Any]]:
+def _targets(hit: Served, empty_fault: str | None) -> list[dict[str, Any]]:
     what = f"a {hit.request} from the cache to an empty handler, {hit.connections} connection(s)"
-    p50, rate = hit.p50_to_empty, hit.rate_to_empty
-    return [
-        target(f"p50 of {what}", p50, MOST_P50, at_most=True),
-        target(f"requests/s of {what}", rate, LEAST_RATE),
+    rows = [
+        target(f"p50 of {what}", hit.p50_to_empty or 0.0, MOST_P50, at_most=True),
+        target(f"requests/s of {what}", hit.rate_to_empty or 0.0, LEAST_RATE),
     ]
+    if hit.fault is None and empty_fault is None:
+        return rows
+    fault = f"{HIT}: {hit.fault}" if hit.fault is not None else f"{EMPTY}: {empty_fault}"
+    return [{**row, "measured": f"nothing; {fault}", "value": None, "reached": False} for row in rows]
 
 
 def worse_lines(results: Sequence[Served]) -> list[str]:
-    """Where the cache costs more than doing nothing, or than computing."""
-    found = [
-        f"a {r.request} from the cache takes {r.p50_to_empty:.2f}x as long as the empty handler (p50) and gives "
-        f"{r.rate_to_empty:.2f} of its requests/s, over {r.connections} connection(s)"
+    """Where the cache costs more than doing nothing, or than computing, and where requests failed."""
+    faults = [
+        f"a {r.request}, {r.way}, over {r.connections} connection(s): not measured, {r.fault}"
         for r in results
-        if r.way == HIT and (r.p50_to_empty > 1 or r.rate_to_empty < 1)
+        if r.fault is not None
     ]
-    computed = {(r.request, r.connections): r for r in results if r.way == COMPUTED}
-    return found + [
-        f"a {r.request} from the cache is slower than computed, over {r.connections} connection(s)"
-        for r in results
-        if r.way == HIT and r.requests_per_s < computed[r.request, r.connections].requests_per_s
-    ]
+    good = {(r.request, r.connections, r.way): r for r in results if r.fault is None}
+    found = [line for r in good.values() if r.way == HIT for line in _slower(r, good)]
+    return [*faults, *found]
+
+
+def _slower(hit: Served, good: dict[Case, Served]) -> list[str]:
+    where, lines = f"over {hit.connections} connection(s)", []
+    for way in (EMPTY, PAST_SERVE):
+        other = good.get((hit.request, hit.connections, way))
+        if other is not None and (hit.p50_us > other.p50_us or hit.requests_per_s < other.requests_per_s):
+            p50, rate = hit.p50_us / other.p50_us, hit.requests_per_s / other.requests_per_s
+            lines.append(
+                f"a {hit.request} from the cache takes {p50:.2f}x as long as the {way} (p50) and gives "
+                f"{rate:.2f} of its requests/s, {where}"
+            )
+    computed = good.get((hit.request, hit.connections, COMPUTED))
+    if computed is not None and hit.requests_per_s < computed.requests_per_s:
+        lines.append(f"a {hit.request} from the cache is slower than computed, {where}")
+    return lines

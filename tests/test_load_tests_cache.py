@@ -42,11 +42,11 @@ def module(name: str) -> Any:
 
 def test_hits_are_measured_beside_an_empty_handler_and_computing(facts: dict[str, Any]) -> None:
     rows = {(row["request"], row["connections"], row["way"]): row for row in facts["served"]}
-    ways = ("hit", "empty handler", "computed")
+    ways = ("hit", "empty handler", "empty handler, past Serve", "computed")
     assert rows.keys() == set(itertools.product(("completion", "tensor"), (1, 4), ways))
     for (name, count, _), row in rows.items():
         empty = rows[name, count, "empty handler"]
-        assert row["failed"] == 0
+        assert (row["failed"], row["fault"]) == (0, None)
         assert 0 < row["p50_us"] <= row["p99_us"]
         assert row["rate_to_empty"] == pytest.approx(row["requests_per_s"] / empty["requests_per_s"])
         assert row["p50_to_empty"] == pytest.approx(row["p50_us"] / empty["p50_us"])
@@ -79,6 +79,56 @@ def test_the_chart_has_a_panel_for_each_request_and_for_zipf(facts: dict[str, An
     titles = [text.text for text in ElementTree.parse(chart).iter("{http://www.w3.org/2000/svg}text")]
     assert facts["zipf"]
     assert {"a completion, over HTTP", "a tensor, over HTTP", "under Zipf"} <= set(titles)
+
+
+def loads(served: Any, good: dict[str, int], bad: dict[str, int] | None = None) -> dict[tuple[str, int, str], Any]:
+    """One load for each way: so many requests, of which so many got a bad status, and all as fast as can be."""
+    load = module("wrk").Load
+    bad = bad or {}
+    return {
+        ("tensor", 1, way): [load(count, 1.0, 100.0, 100.0, 100.0, 100.0, {"status": bad.get(way, 0)})]
+        for way, count in good.items()
+    }
+
+
+@pytest.mark.parametrize("way", ["hit", "empty handler"])
+def test_errors_are_no_answers_however_fast_they_are(way: str) -> None:
+    served = module("cache_served")
+    found = loads(served, dict.fromkeys(served.WAYS, 1000), {way: 20})
+    rows = [served.served_of(case, found) for case in found]
+    targets = served.targets(rows)
+    assert [target["reached"] for target in targets] == [False, False]
+    assert all(f"{way}: 20 of 1,000 requests failed (status 20)" in target["measured"] for target in targets)
+    assert any("not measured" in line and way in line for line in served.worse_lines(rows))
+
+
+def test_nothing_but_errors_is_reported_too() -> None:
+    served = module("cache_served")
+    found = loads(served, dict.fromkeys(served.WAYS, 1000), {"empty handler": 1000})
+    rows = [served.served_of(case, found) for case in found]
+    assert all(row.rate_to_empty is None for row in rows)
+    assert "tensor" in served.served_table(rows)
+
+
+def test_an_error_in_a_thousand_is_judged() -> None:
+    served = module("cache_served")
+    found = loads(served, dict.fromkeys(served.WAYS, 1000), {"hit": 1})
+    rows = [served.served_of(case, found) for case in found]
+    assert [target["reached"] for target in served.targets(rows)] == [True, True]
+
+
+def test_a_hit_stands_beside_both_empty_handlers() -> None:
+    served = module("cache_served")
+    found = loads(served, {**dict.fromkeys(served.WAYS, 1000), served.PAST_SERVE: 2000})
+    (line,) = served.worse_lines([served.served_of(case, found) for case in found])
+    assert "past Serve (p50) and gives 0.50 of its requests/s" in line
+
+
+def test_every_way_is_first_at_times() -> None:
+    served = module("cache_served")
+    orders = [served.turns(index) for index in range(8)]
+    assert {order[0] for order in orders} == set(served.WAYS)
+    assert all(sorted(order) == sorted(served.WAYS) for order in orders)
 
 
 def most_hits(trace: Sequence[int], entries: int) -> int:
