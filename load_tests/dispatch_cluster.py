@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,19 @@ from dispatch_echo import (
     LINK,
     TIMEOUT_S,
     ZMQ,
+    Check,
     ZmqEcho,
     generic_echo,
     link_echo,
     open_dealers,
+    payload,
     ray_echo,
+    same_bytes,
+    same_length,
     without_zmq,
     zmq_echo,
 )
+from dispatch_timing import timed, timed_over_lanes
 from numpy.typing import NDArray
 from pimoe.deployments.expert_group import ExpertGroupReplica, GroupConfig
 from pimoe.deployments.replica import LinkConfig, make_pool
@@ -50,7 +55,6 @@ from pimoe.runtime.tensors import torch_dtype
 from torch import Tensor
 
 IN_PROCESS = "in-process"
-_LANES_TIMEOUT_S = 30.0
 LAYER = 0
 
 
@@ -163,21 +167,35 @@ class MeasuringRouter:
         self._zmq_sockets = await asyncio.wrap_future(self._thread.submit(open_dealers(addresses)))
 
     async def echo(self, way: str, payload_bytes: int, groups: int, calls: int) -> list[float]:
-        """Seconds of every call to so many groups at once, until all have answered."""
-        array = np.zeros(payload_bytes // 4, np.int32)
-        if way in (HANDLE, ACTOR):
-            return await _times(
-                partial(ray_echo, (self._handles if way == HANDLE else self._actors)[:groups], array), calls
-            )
-        if way == ZMQ:
-            return await self._on_links(partial(zmq_echo, self._zmq_sockets[:groups], array), calls)
-        over_link = generic_echo if way == GENERIC else link_echo
-        return await self._on_links(partial(over_link, self._pools[:groups], array), calls)
+        """Seconds of every call to so many groups at once, until all have answered. Once before that all bytes of
+        the answers are compared with what was sent.
+
+        Raises:
+            RuntimeError: other bytes came back.
+        """
+        array = payload(payload_bytes)
+
+        def call(check: Check) -> Awaitable[None]:
+            if way in (HANDLE, ACTOR):
+                return ray_echo((self._handles if way == HANDLE else self._actors)[:groups], array, check)
+            if way == ZMQ:
+                return zmq_echo(self._zmq_sockets[:groups], array, check)
+            return (generic_echo if way == GENERIC else link_echo)(self._pools[:groups], array, check)
+
+        async def measure() -> list[float]:
+            await call(same_bytes)
+            return await timed(partial(call, same_length), calls)
+
+        return await (measure() if way in (HANDLE, ACTOR) else self._on_links(measure()))
 
     async def experts(
         self, way: str, tokens: int, calls: int, warm_up: int | None = None, threads: int = 1
     ) -> list[float]:
-        """Seconds of every dispatch of so many tokens, from plan to sum; `threads`: torch's, in this process."""
+        """Seconds of every dispatch of so many tokens, from plan to sum; `threads`: torch's, in this process.
+
+        Raises:
+            RuntimeError: what was to go over lanes went over links.
+        """
         generator = torch.Generator().manual_seed(0)
         hidden = torch.randn(tokens, self._hidden_size, generator=generator).to(self._dtype)
         with torch.inference_mode():
@@ -187,18 +205,18 @@ class MeasuringRouter:
         def dispatch() -> Awaitable[Dispatched]:
             return dispatcher.run_counted(LAYER, hidden, routing, time.monotonic() + TIMEOUT_S, lanes=way == LANE)
 
-        if way == LANE:
-            await asyncio.wrap_future(self._thread.submit(_until_over_lanes(dispatcher, dispatch)))
         torch.set_num_threads(threads)
         try:
-            return await (_times if way == HANDLE else self._on_links)(dispatch, calls, warm_up)
+            if way == HANDLE:
+                return await timed(dispatch, calls, warm_up)
+            if way == LANE:
+                return await self._on_links(timed_over_lanes(dispatcher, dispatch, calls, warm_up))
+            return await self._on_links(timed(dispatch, calls, warm_up))
         finally:
             torch.set_num_threads(1)
 
-    async def _on_links(
-        self, call: Callable[[], Awaitable[object]], calls: int, warm_up: int | None = None
-    ) -> list[float]:
-        return await asyncio.wrap_future(self._thread.submit(_times(call, calls, warm_up)))
+    async def _on_links(self, measuring: Coroutine[Any, Any, list[float]]) -> list[float]:
+        return await asyncio.wrap_future(self._thread.submit(measuring))
 
     async def __del__(self) -> None:
         """Called by Serve when the replica stops."""
@@ -210,25 +228,6 @@ class MeasuringRouter:
         for socket in self._zmq_sockets:
             socket.close(linger=0)
         await asyncio.gather(*(pool.close() for pool in self._pools))
-
-
-async def _until_over_lanes(dispatcher: Dispatcher, dispatch: Callable[[], Awaitable[object]]) -> None:
-    """Lanes open in the background, with the first dispatches."""
-    async with asyncio.timeout(_LANES_TIMEOUT_S):
-        while not dispatcher.statistics().over_lanes:
-            await dispatch()
-            await asyncio.sleep(0.01)
-
-
-async def _times(call: Callable[[], Awaitable[object]], calls: int, warm_up: int | None = None) -> list[float]:
-    for _ in range(max(2, calls // 10) if warm_up is None else warm_up):
-        await call()
-    times = []
-    for _ in range(calls):
-        started = time.perf_counter()
-        await call()
-        times.append(time.perf_counter() - started)
-    return times
 
 
 # Putting it together -------------------------------------------------------------------------------------------

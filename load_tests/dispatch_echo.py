@@ -1,5 +1,6 @@
 """Ways to send bytes to several processes at once and to get them back: links, ZeroMQ, Ray's actors and handles.
-Each sends to all and then waits for each answer, so that none of them needs tasks.
+Each sends to all and then waits for each answer, so that none of them needs tasks. What comes back is given to a
+check: of lengths while times are taken (`same_length`), of all bytes once before (`same_bytes`).
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ import asyncio
 import importlib.util
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,27 @@ from pimoe.runtime.tensors import array_to_wire
 LANE = "lane"  # of dispatches only: experts answer there, not bytes
 LINK, GENERIC, ZMQ, ACTOR, HANDLE = ECHO_WAYS = ("link", "link, generic call", "ZeroMQ", "actor", "handle")
 TIMEOUT_S = 60.0
+# Of the parts of one answer, and what was sent; raises RuntimeError.
+Check = Callable[[Sequence[memoryview], NDArray[np.int32]], None]
+
+
+def same_length(parts: Sequence[memoryview], array: NDArray[np.int32]) -> None:
+    """Raises: RuntimeError: more or fewer bytes came back."""
+    if (received := sum(part.nbytes for part in parts)) != array.nbytes:
+        raise RuntimeError(f"{received} bytes came back of {array.nbytes}")
+
+
+def same_bytes(parts: Sequence[memoryview], array: NDArray[np.int32]) -> None:
+    """Raises: RuntimeError: other bytes came back."""
+    if b"".join(parts) != array.tobytes():
+        raise RuntimeError(f"other bytes came back than the {array.nbytes} that were sent")
+
+
+def payload(size_bytes: int) -> NDArray[np.int32]:
+    """Random bytes, the same for the same size; a multiple of four."""
+    info = np.iinfo(np.int32)
+    random = np.random.default_rng(size_bytes)
+    return random.integers(info.min, info.max, size_bytes // 4, np.int32, endpoint=True)
 
 
 def without_zmq() -> str | None:
@@ -62,12 +84,12 @@ class ZmqEcho:
         self._context.destroy(linger=0)
 
 
-async def link_echo(pools: Sequence[LinkPool], array: NDArray[np.int32]) -> None:
+async def link_echo(pools: Sequence[LinkPool], array: NDArray[np.int32], check: Check) -> None:
     """As the dispatcher does it: packed, and `done` is told of each answer. On the loop of the links.
 
     Raises:
         PimoeError: a link failed.
-        RuntimeError: other bytes came back.
+        RuntimeError: by the check.
     """
     everything = asyncio.get_running_loop().create_future()
     outcomes: list[Packed | BaseException] = []
@@ -84,43 +106,38 @@ async def link_echo(pools: Sequence[LinkPool], array: NDArray[np.int32]) -> None
     for outcome in outcomes:
         if isinstance(outcome, BaseException):
             raise outcome
-        _check(sum(memoryview(part).nbytes for part in outcome.body), array)
+        check([memoryview(part) for part in outcome.body], array)
 
 
-async def generic_echo(pools: Sequence[LinkPool], array: NDArray[np.int32]) -> None:
+async def generic_echo(pools: Sequence[LinkPool], array: NDArray[np.int32], check: Check) -> None:
     """As everything else does it: a call with a map and described tensors, and a task for each pool.
 
     Raises:
         PimoeError: a link failed.
-        RuntimeError: other bytes came back.
+        RuntimeError: by the check.
     """
     deadline, sent = time.monotonic() + TIMEOUT_S, [array_to_wire(array)]
     for reply in await asyncio.gather(*(pool.call("echo", {}, sent, deadline) for pool in pools)):
-        _check(sum(tensor.nbytes for tensor in reply.tensors), array)
+        check([memoryview(tensor.data) for tensor in reply.tensors], array)
 
 
-async def zmq_echo(sockets: Sequence[Any], array: NDArray[np.int32]) -> None:
-    """Without copies where zmq finds that worth it. Raises: RuntimeError: other bytes came back."""
+async def zmq_echo(sockets: Sequence[Any], array: NDArray[np.int32], check: Check) -> None:
+    """Without copies where zmq finds that worth it. Raises: RuntimeError: by the check."""
     for socket in sockets:
         await socket.send(memoryview(array).cast("B"), copy=False)
     for socket in sockets:
-        _check(memoryview((await socket.recv(copy=False)).buffer).nbytes, array)
+        check([memoryview((await socket.recv(copy=False)).buffer)], array)
 
 
-async def ray_echo(callees: Sequence[Any], array: NDArray[np.int32]) -> None:
+async def ray_echo(callees: Sequence[Any], array: NDArray[np.int32], check: Check) -> None:
     """Of actors and handles. numpy's arrays cross Ray without the copies that torch's tensors take.
 
     Raises:
-        RuntimeError: other bytes came back.
+        RuntimeError: by the check.
     """
     answers = [callee.echo.remote(array) for callee in callees]
     for answer in answers:
-        _check((await answer).nbytes, array)
-
-
-def _check(received_bytes: int, array: NDArray[np.int32]) -> None:
-    if received_bytes != array.nbytes:
-        raise RuntimeError(f"{received_bytes} bytes came back of {array.nbytes}")
+        check([memoryview(await answer).cast("B")], array)
 
 
 async def open_dealers(addresses: Sequence[str]) -> list[Any]:

@@ -3,6 +3,7 @@ test's business."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -98,6 +99,50 @@ def test_large_messages_are_sent_less_often() -> None:
     assert preset.calls("handle", 2**10) == 40
     assert preset.calls("link", 2**20) == 16
     assert preset.calls("handle", 2**24) == 3
+
+
+def test_payloads_are_random_and_compared_byte_by_byte() -> None:
+    echo = module("dispatch_echo")
+    sent = echo.payload(4096)
+    assert sent.nbytes == 4096
+    assert len(set(sent.tolist())) > 1000
+    whole = memoryview(sent.tobytes())
+    for check in (echo.same_length, echo.same_bytes):
+        check([whole[:100], whole[100:]], sent)
+        with pytest.raises(RuntimeError, match="came back"):
+            check([whole[:-1]], sent)
+    other = bytearray(whole)
+    other[2000] ^= 1
+    echo.same_length([memoryview(other)], sent)
+    with pytest.raises(RuntimeError, match="other bytes came back"):
+        echo.same_bytes([memoryview(other)], sent)
+
+
+class Lanes:
+    """A dispatcher whose lane closes at some of its dispatches, which then go over links, as do the next two."""
+
+    def __init__(self, *closes_at: int) -> None:
+        self._closes_at, self._dispatches, self._closed, self.over_lanes = closes_at, 0, 0, 0
+
+    def statistics(self) -> Lanes:
+        return self
+
+    async def dispatch(self) -> None:
+        self._dispatches += 1
+        if self._dispatches in self._closes_at:
+            self._closed = 3
+        self.over_lanes += self._closed == 0
+        self._closed = max(0, self._closed - 1)
+
+
+def test_what_went_over_links_is_no_time_of_lanes() -> None:
+    timing = module("dispatch_timing")
+    good, once, always = Lanes(), Lanes(20), Lanes(*range(1, 300, 10))
+    assert len(asyncio.run(timing.timed_over_lanes(good, good.dispatch, 20))) == 20
+    assert good.over_lanes == 1 + 2 + 20, "one to see that they are open, and a warm-up"
+    assert len(asyncio.run(timing.timed_over_lanes(once, once.dispatch, 20))) == 20, "measured again"
+    with pytest.raises(RuntimeError, match=r"of 22 dispatches \[\d+, \d+, \d+\] went over lanes"):
+        asyncio.run(timing.timed_over_lanes(always, always.dispatch, 20))
 
 
 def test_the_reference_layer_has_the_published_shape(tmp_path: Path) -> None:
