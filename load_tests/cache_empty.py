@@ -1,4 +1,4 @@
-"""Handlers that do nothing, behind the same HAProxy as the gateway: the most that a cache could be as fast as."""
+"""Handlers that do nothing, behind the same HAProxy as the gateway: what a cached answer is compared with."""
 
 from __future__ import annotations
 
