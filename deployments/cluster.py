@@ -28,6 +28,15 @@ from .processes import ignore_signals
 from .settings import AppSettings
 
 APP_NAME = "pimoe"
+# What HAProxy needs to be as fast as it is; load tests tell the rivals behind it the same.
+HAPROXY_FLAGS = {
+    "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+    # Else HAProxy tells of each request in a datagram, and a Python process takes as long to read it as a gateway
+    # takes for an answer from its cache; pimoe counts requests by itself.
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+    # A line for each request to a syslog that seldom is there: a third of what HAProxy does for it.
+    "RAY_SERVE_HAPROXY_LOG_TARGET": "127.0.0.1:514 sample 1:1000000",
+}
 _READY_TIMEOUT_S = 60.0
 _POLL_S = 0.02
 _PORTS_EACH = 500
@@ -61,14 +70,9 @@ def serve_flags(folder: str, max_timeout_s: float) -> dict[str, str]:
     }
     tuning = {
         "RAY_SERVE_ENABLE_HA_PROXY": "1" if haproxy_is_installed() else "0",
-        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        **HAPROXY_FLAGS,
         "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(int(max_timeout_s) + 30),
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(int(max_timeout_s) + 30),
-        # Else HAProxy tells of each request in a datagram, and a Python process takes as long to read it as a
-        # gateway takes for an answer from its cache; pimoe counts requests by itself.
-        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
-        # A line for each request to a syslog that seldom is there: a third of what HAProxy does for it.
-        "RAY_SERVE_HAPROXY_LOG_TARGET": "127.0.0.1:514 sample 1:1000000",
         # Stopping waits this long for balancers to notice; on one machine there are none.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
         "RAY_USAGE_STATS_ENABLED": "0",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from pimoe.deployments.cluster import free_port, haproxy_is_installed
+from pimoe.deployments.cluster import HAPROXY_FLAGS, free_port, haproxy_is_installed
 from report import cores
 
 HIDDEN, TOKENS = 512, 4
@@ -147,8 +147,8 @@ _RAY = {
 }
 _HAPROXY = {
     **_RAY,
+    **HAPROXY_FLAGS,
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    "RAY_SERVE_HAPROXY_NBTHREAD": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
     "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
@@ -215,7 +215,7 @@ def contenders(model_name: str) -> list[Contender]:
             "serve-haproxy",
             "@serve.batch, HAProxy",
             "ray_serve_batch.py",
-            "RAY_SERVE_ENABLE_HA_PROXY, RAY_SERVE_THROUGHPUT_OPTIMIZED",
+            "RAY_SERVE_ENABLE_HA_PROXY, RAY_SERVE_THROUGHPUT_OPTIMIZED, pimoe's flags of HAProxy",
             environment=_HAPROXY,
         ),
         Contender(

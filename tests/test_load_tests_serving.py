@@ -154,6 +154,16 @@ def test_a_package_that_cannot_be_imported_is_named_with_the_error() -> None:
     assert "no_such_package" in Broken("x", "X", "x.py", "", package="no_such_package").missing()
 
 
+def test_who_is_behind_haproxy_has_the_flags_that_pimoe_has() -> None:
+    from pimoe.deployments.cluster import HAPROXY_FLAGS, serve_flags
+
+    (rival,) = (one for one in module("serving_contenders").contenders("layer") if one.key == "serve-haproxy")
+    told = rival.variables(Path("model"), 1)
+    assert HAPROXY_FLAGS["RAY_SERVE_HAPROXY_METRICS_ENABLED"] == "0"
+    for name, value in HAPROXY_FLAGS.items():
+        assert told[name] == serve_flags("folder", 10.0)[name] == value
+
+
 def made_up(code: str) -> Any:
     """A contender that is a line of Python, told its port."""
     serving_contenders = module("serving_contenders")
