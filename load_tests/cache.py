@@ -3,8 +3,8 @@
     python load_tests/cache.py [--preset tiny] [--json FILE] [--svg FILE]
 
 In one cluster: the embedded model behind HAProxy, in the default deployment, and beside it a Starlette handler
-that answers a constant, once as Serve handles requests and once past that, as the gateway's own go, which is the most
-that a Starlette answer behind this proxy can be. See README.md.
+that answers a constant, once as Serve handles requests and once past that, as the gateway's own go, which is the
+most that a Starlette answer behind this proxy can be. See README.md.
 """
 
 from __future__ import annotations
