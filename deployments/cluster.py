@@ -161,6 +161,7 @@ class LocalCluster:
         self.port = port
         self._files = tempfile.TemporaryDirectory(prefix="pimoe-", ignore_cleanup_errors=True)
         self._ray_started = self._serve_started = False
+        self._before: dict[str, str | None] = {}  # what the environment had before `start`
 
     @property
     def url(self) -> str:
@@ -184,7 +185,9 @@ class LocalCluster:
             PimoeError: a replica did not come up.
         """
         check_port(self.host, self.port)
-        os.environ.update(serve_flags(self._files.name, settings.gateway.to_api().max_timeout_s))
+        flags = serve_flags(self._files.name, settings.gateway.to_api().max_timeout_s)
+        self._before = {name: os.environ.get(name) for name in flags}
+        os.environ.update(flags)
         if not haproxy_is_installed():
             warnings.warn("HAProxy is not installed: Serve's own, slower proxy is used", stacklevel=2)
         progress("starting Ray")
@@ -250,6 +253,12 @@ class LocalCluster:
                         serve.shutdown()  # type: ignore[no-untyped-call]
                 ray.shutdown()
             self._ray_started = self._serve_started = False
+        for name, value in self._before.items():  # else the next cluster would take them for the user's own
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        self._before = {}
         self._files.cleanup()
 
     def __enter__(self) -> LocalCluster:

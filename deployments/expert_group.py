@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..runtime import garbage
+from ..runtime.errors import ConfigurationError
 from ..runtime.experts.group import ExpertGroup
 from ..runtime.experts.options import DEFAULTS, ExpertOptions
 from ..runtime.experts.server import ExpertGroupHandler
@@ -75,10 +77,16 @@ class ExpertGroupReplica:
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Live settings: `threads`; see `LiveSettings`."""
-        self._live.take(
-            user_config,
-            lambda given: self._handler.group.use_threads(int(given.get("threads", self._config.threads))),
-        )
+        self._live.take(user_config, self._change)
+
+    def _change(self, user_config: Mapping[str, Any]) -> None:
+        threads = int(user_config.get("threads", self._config.threads))
+        if threads < 1:
+            raise ConfigurationError(f"threads is {threads}; it must be at least 1", "threads")
+        self._thread.submit(self._use_threads(threads))  # between two batches: nobody waits for that
+
+    async def _use_threads(self, count: int) -> None:
+        self._handler.group.use_threads(count)
 
     def check_health(self) -> None:
         """Raises: UnavailableError when the computing thread is dead."""

@@ -33,6 +33,11 @@ class TensorData:
         """Length of `data` in bytes."""
         return len(self.data) if not isinstance(self.data, memoryview) else self.data.nbytes
 
+    def flat(self) -> bytes | bytearray | memoryview:
+        """The same memory in one dimension, byte by byte, as sockets and slices want it."""
+        data = self.data
+        return data.cast("B") if isinstance(data, memoryview) and (data.ndim != 1 or data.itemsize != 1) else data
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:

@@ -144,6 +144,9 @@ class FakeGateway:
     known: KnownAnswers | None = None
     reads_clock: bool = False
 
+    def held_bytes(self, hits: Sequence[object]) -> int:
+        return 0
+
     def recall(self, hits: Sequence[object]) -> bool:
         return False
 

@@ -15,7 +15,15 @@ import pytest
 from fake_gateway import HIDDEN, ByteCodec, FakeGateway, Reply, ask, doubled, echo
 from fake_second_level import FakeSecondLevel
 from pimoe.deployments.api.known_answers import KnownAnswers
-from pimoe.runtime.caching import BypassReason, CachedBackend, CacheLimits, RedisLevel, RedisLimits, ResultCache
+from pimoe.runtime.caching import (
+    BypassReason,
+    CachedBackend,
+    CacheLimits,
+    RedisLevel,
+    RedisLimits,
+    ResultCache,
+    held_bytes,
+)
 from pimoe.runtime.generation.stopping import StoppingBackend
 from pimoe.runtime.requests import (
     GenerateAnswer,
@@ -69,6 +77,9 @@ class CachedGateway(FakeGateway):
 
     def recall(self, hits: Sequence[object]) -> bool:
         return self.cached.recall(hits)
+
+    def held_bytes(self, hits: Sequence[object]) -> int:
+        return held_bytes(hits)
 
     async def infer(self, request: InferRequest, bypass: BypassReason | None) -> InferAnswer:
         return await self.cached.infer(request, bypass)

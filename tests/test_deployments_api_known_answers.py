@@ -17,7 +17,7 @@ def request(body: bytes, headers: Headers | None = None, path: str = "/v1/comple
 
 
 def answer(body: bytes = b"answer") -> KnownAnswer:
-    return KnownAnswer([], body, [object()])
+    return KnownAnswer([], body, [object()], len(body))
 
 
 def test_what_was_put_is_found() -> None:
@@ -47,6 +47,17 @@ def test_other_requests_are_told_apart(other: Any) -> None:
 
 def test_headers_that_nobody_reads_do_not_matter() -> None:
     assert request(b"a", [(b"x-request-id", b"1"), (b"user-agent", b"wrk")]) == request(b"a")
+
+
+def test_headers_and_what_hits_hold_count() -> None:
+    known = KnownAnswers(max_bytes=50_000)
+    for count in range(100):
+        known.put(request(b"a", [(b"x-pimoe-%d" % count, bytes(10_000))]), answer())
+    assert 0 < len(known) <= 5
+    known.clear()
+    for count in range(100):
+        known.put(request(b"%d" % count), KnownAnswer([], b"", [object()], 10_000))
+    assert 0 < len(known) <= 5
 
 
 def test_bounded_in_bytes_and_the_longest_unused_go() -> None:

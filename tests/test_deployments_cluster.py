@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
 import pytest
 from pimoe.deployments import cluster
-from pimoe.deployments.cluster import serve_flags
+from pimoe.deployments.cluster import LocalCluster, free_port, serve_flags
 from pimoe.deployments.plan import plan_table
 from pimoe.deployments.settings import AppSettings
+from pimoe.runtime.errors import PimoeError
 
 FIRST, LAST = "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"
 
@@ -20,8 +22,6 @@ def test_a_users_own_tuning_wins_and_files_and_ports_are_the_clusters_own(
     monkeypatch.setenv("RAY_worker_niceness", "7")
     monkeypatch.setenv("RAY_SERVE_HAPROXY_SOCKET_PATH", "/another/cluster")
     monkeypatch.setenv(FIRST, "30000")
-    # A cluster that this process ran before has left its own here.
-    monkeypatch.delenv("RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S", raising=False)
     flags = serve_flags(str(tmp_path), 60.0)
     assert flags["RAY_worker_niceness"] == "7"
     assert flags["RAY_SERVE_HAPROXY_SOCKET_PATH"] == f"{tmp_path}/admin.sock"
@@ -37,6 +37,23 @@ def test_gateways_do_not_listen_where_those_of_another_cluster_do(monkeypatch: p
         taken.listen()
         assert {serve_flags("", 1.0)[FIRST] for _ in range(20)} == {"23500"}
     assert {serve_flags("", 1.0)[FIRST] for _ in range(40)} == {"23000", "23500"}
+
+
+def test_the_environment_is_as_it_was_after_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the next cluster in this process would take the timeouts of this one for the user's own."""
+
+    def no_ray() -> None:
+        raise PimoeError("no Ray today")
+
+    monkeypatch.setattr(cluster, "_import_quietly", no_ray)
+    monkeypatch.setenv("RAY_worker_niceness", "7")
+    before = dict(os.environ)
+    made = LocalCluster(port=free_port())
+    with pytest.raises(PimoeError, match="no Ray today"):
+        made.start(AppSettings())
+    assert os.environ["PIMOE_SOCKET_FOLDER"] == made._files.name
+    made.stop()
+    assert dict(os.environ) == before
 
 
 def test_a_plan_counts_a_byte_for_each_number_of_int8_experts() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import struct
@@ -10,10 +11,12 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pimoe.runtime.errors import DeadlineExceededError
 from pimoe.runtime.experts import lanes
 from pimoe.runtime.experts.client import RemoteGroup
 from pimoe.runtime.experts.group import ExpertGroup
@@ -27,6 +30,7 @@ from pimoe.runtime.links.addresses import new_unix_address
 from pimoe.runtime.model.expert_spec import ExpertSpec
 from pimoe.runtime.native import kernels
 from pimoe.runtime.native.lanes import MAX_HIDDEN_BYTES, LaneDispatch
+from pimoe.runtime.routing import dispatch as dispatching
 from pimoe.runtime.routing.dispatch import Dispatched, Dispatcher
 from pimoe.runtime.routing.plan import contiguous_placement
 from pimoe.runtime.routing.strategies import Routing
@@ -163,6 +167,7 @@ async def test_a_new_number_of_threads_holds_on_open_lanes(stand: Stand) -> None
         assert len(os.listdir("/proc/self/task")) == alone + 1
     finally:
         torch.set_num_threads(own)
+        kernels.use_threads(None)
 
 
 async def test_large_dispatches_go_over_links(stand: Stand) -> None:
@@ -175,6 +180,59 @@ async def test_large_dispatches_go_over_links(stand: Stand) -> None:
     assert dispatcher.statistics().over_lanes == 1
     await dispatch(dispatcher, random_work(5, 1, 0), False)
     assert dispatcher.statistics()[:2] == (3, 1)
+
+
+async def test_who_has_little_time_left_does_not_end_lanes_for_others(stand: Stand) -> None:
+    dispatcher = await stand.start(2)
+    await eventually(stand.are_open)
+    with suppress(DeadlineExceededError):
+        await dispatcher.run_counted(LAYER, *random_work(3, 2, 0), time.monotonic() + 0.1, lanes=True)
+    assert stand.are_open()
+    assert dispatcher.statistics().over_lanes == 0
+    await dispatch(dispatcher, random_work(3, 2, 0), True)
+    assert dispatcher.statistics().over_lanes == 1
+
+
+async def test_what_large_experts_take_is_not_taken_for_hanging(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lane that was too impatient once has more time the next."""
+    monkeypatch.setattr(dispatching, "_LANE_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(lanes, "_REST_S", 0.0)
+    dispatcher = await stand.start(2)
+    await eventually(stand.are_open)
+    work = random_work(30, 3, 0)
+    await dispatch(dispatcher, work, True)
+    assert dispatcher.statistics()[:2] == (1, 0), "late at once"
+    await eventually(stand.are_open)
+    monkeypatch.setattr(dispatcher, "_longest_s", 10.0)
+    await dispatch(dispatcher, work, True)
+    assert dispatcher.statistics()[:2] == (2, 1)
+    assert dispatcher._lane_limit_s() == 5.0, "bounded"
+
+
+async def test_ids_that_no_expert_has_are_refused_and_odd_types_go_over_links(stand: Stand) -> None:
+    dispatcher = await stand.start(2)
+    await eventually(stand.are_open)
+    hidden, routing = random_work(4, 2, 0)
+    expected = (await dispatch(dispatcher, (hidden, routing), False)).output
+    for wrong in (-1, EXPERTS, 2**40):
+        ids = routing.expert_ids.clone()
+        ids[2, 1] = wrong
+        with pytest.raises(IndexError, match="names experts"):
+            await dispatch(dispatcher, (hidden, Routing(ids, routing.weights)), True)
+    assert stand.are_open()
+    short = Routing(routing.expert_ids.to(torch.int32), routing.weights)
+    assert torch.equal((await dispatch(dispatcher, (hidden, short), True)).output, expected)
+    assert dispatcher.statistics().over_lanes == 0
+
+
+async def test_a_link_that_is_lost_is_not_kept_for_its_lane(stand: Stand) -> None:
+    await stand.start(1)
+    await eventually(stand.are_open)
+    assert len(stand.remotes[0]._lanes) == 1
+    await stand.remotes[0].pool.close()
+    await eventually(lambda: not stand.remotes[0]._lanes)
 
 
 async def test_what_a_group_refuses_comes_back_from_its_link_with_the_reason(stand: Stand) -> None:
@@ -255,6 +313,36 @@ def knock(name: bytes, token: bytes) -> Iterator[bytes]:
             yield b""
 
 
+def test_a_want_of_threads_or_descriptors_passes(server: LaneServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lanes are refused meanwhile, and opened again after it."""
+    name = server.offer()["name"]
+    monkeypatch.setattr(lanes, "_PAUSE_S", 0.001)
+    with monkeypatch.context() as without:
+        without.setattr(threading.Thread, "start", _no_thread)
+        with knock(name, server.offer()["token"]) as said:
+            assert said == b""
+    accept, failures = socket.socket.accept, [OSError(errno.EMFILE, "too many open files")]
+
+    def failing(self: socket.socket) -> tuple[socket.socket, Any]:
+        peer = accept(self)
+        if failures:
+            peer[0].close()
+            raise failures.pop()
+        return peer
+
+    monkeypatch.setattr(socket.socket, "accept", failing)
+    assert not server._lanes
+    for _ in range(3):  # one is waited for already by the real thing; one fails
+        with knock(name, server.offer()["token"]) as said:
+            last = said
+    assert last == b"+"
+    assert not failures
+
+
+def _no_thread(self: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
 def test_a_token_opens_one_lane_and_nothing_else_any(server: LaneServer, monkeypatch: pytest.MonkeyPatch) -> None:
     offer = server.offer()
     name, token = offer["name"], offer["token"]
@@ -283,7 +371,7 @@ def test_tokens_and_lanes_are_bounded(server: LaneServer, monkeypatch: pytest.Mo
     with knock(server.offer()["name"], tokens[0]) as answer:
         assert answer == b"", "pushed out"
     monkeypatch.setattr(lanes, "_MAX_LANES", 0)
-    assert server.offer() == {}
+    assert server.offer() == {"full": True}, "there may be room later"
     server.close()
     monkeypatch.setattr(lanes, "_MAX_LANES", 9)
     assert server.offer() == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from pimoe.runtime.requests import DTYPE_BYTES, TensorData
@@ -50,6 +51,16 @@ def test_bytes_may_be_read_only_and_anywhere() -> None:
     shifted = memoryview(b"x" + bytes(states.data))[1:]
     hidden = gather([states, TensorData("float32", (2, HIDDEN), shifted)], "float32", buffer(4, "float32"))
     assert torch.equal(hidden[:2], hidden[2:])
+
+
+def test_bytes_may_be_of_any_shape() -> None:
+    """`memoryview` of an array knows its shape and its numbers."""
+    arrays = [np.full((rows, 4), rows, np.float32) for rows in (1, 2)]
+    odd = [TensorData("float32", array.shape, array.data) for array in arrays]
+    gathered = gather(odd, "float32", torch.empty(100, dtype=torch.uint8))
+    assert gathered.tolist() == [[1.0] * 4] + [[2.0] * 4] * 2
+    pieces = split_rows(TensorData("float32", (3, 4), np.arange(12, dtype=np.float32).reshape(3, 4).data), 2)
+    assert [piece.nbytes for piece in pieces] == [32, 16]
 
 
 def test_memory_is_used_again_but_never_by_two_at_once() -> None:

@@ -161,7 +161,7 @@ class Call:
         the request and the hits alone: not from the time of day, or chance."""
         headers = [(b"content-type", content_type), (b"content-length", str(len(body)).encode()), *extra]
         if self.context.known is not None and self._asked is not None:
-            self.context.known.put(self._asked, KnownAnswer([*headers], body, hits))
+            self.context.known.put(self._asked, KnownAnswer([*headers], body, hits, self.context.held_bytes(hits)))
         await self._start(200, headers)
         await self._send({"type": "http.response.body", "body": body})
 
@@ -263,6 +263,7 @@ class Endpoint:
             await call.fail(PimoeError("the work behind the request was cancelled"))
         except Exception as error:
             await call.fail(error)
+            errors.forget_frames(error)
 
     async def _refuse_method(self, call: Call) -> None:
         allowed = ", ".join(self._methods)

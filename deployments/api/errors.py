@@ -84,6 +84,17 @@ def public(error: Exception, request_id: str) -> PimoeError:
     return error
 
 
+def forget_frames(error: BaseException) -> None:
+    """Drop the tracebacks of an error that was answered, and of what led to it. Their frames hold the request's
+    body, and often the error: together they would stay until the garbage collector comes by."""
+    left: list[BaseException | None] = [error]
+    while left:
+        one = left.pop()
+        if one is not None and one.__traceback__ is not None:
+            one.__traceback__ = None
+            left += [one.__cause__, one.__context__]
+
+
 def is_fault(error: Exception) -> bool:
     """Whether the error is ours to log, rather than the caller's or the load's."""
     return not isinstance(error, PimoeError) or error.code not in TABLE or TABLE[error.code].status == 500

@@ -26,11 +26,13 @@ Asked: TypeAlias = tuple[str, ReadHeaders, bytes]
 
 
 class KnownAnswer(NamedTuple):
-    """An answer as it was sent, but for its request id; and the hits that it was made of."""
+    """An answer as it was sent, but for its request id; the hits that it was made of, and how many bytes these
+    hold, perhaps longer than the cache does."""
 
     headers: Headers
     body: bytes
     hits: Sequence[object]
+    held_bytes: int
 
 
 class KnownAnswers:
@@ -78,5 +80,6 @@ class KnownAnswers:
 
 
 def _size_bytes(request: Asked, answer: KnownAnswer) -> int:
-    # The hits hold the entry too, perhaps longer than the cache does: about as much as its answer again.
-    return _ENTRY_OVERHEAD_BYTES + len(request[2]) + 2 * len(answer.body)
+    _, headers, body = request
+    asked = sum(len(name) + len(value) for name, value in headers) + len(body)
+    return _ENTRY_OVERHEAD_BYTES + asked + len(answer.body) + answer.held_bytes

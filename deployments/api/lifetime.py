@@ -117,8 +117,11 @@ class Lifetime:
         self._timer.cancel()
         if self._watcher is not None:
             self._watcher.cancel()
+            self._watcher = None  # it knows this
         # As in asyncio.timeout: only a cancellation that is ours alone becomes an error.
-        if self._reason is None or self._task.uncancel() > self._cancelling:
+        # The error holds the frames of the request, and with them this.
+        reason, self._reason = self._reason, None
+        if reason is None or self._task.uncancel() > self._cancelling:
             return
         if kind is asyncio.CancelledError:
-            raise self._reason from error
+            raise reason from error

@@ -6,6 +6,7 @@ in front of whatever computes."""
 from .cached_backend import CachedBackend
 from .cached_statistics import BypassReason, CachedStatistics
 from .entry import CachedAnswer
+from .hits import held_bytes
 from .key import Serving, generate_key, infer_key
 from .prefetch import Prefetcher, PrefetchStatistics
 from .prefetch_limits import PrefetchLimits
@@ -32,5 +33,6 @@ __all__ = [
     "SecondLevelStatistics",
     "Serving",
     "generate_key",
+    "held_bytes",
     "infer_key",
 ]

@@ -22,6 +22,7 @@ from ..requests import (
 )
 from .cached_statistics import ANSWERED_BY, BYPASS_REASONS, AnsweredBy, BypassReason, CachedStatistics
 from .entry import CachedAnswer, fits, is_storable
+from .hits import Hit
 from .key import Serving, generate_key, infer_key
 from .result_cache import EntryTags, ResultCache
 from .second_level import SecondLevel
@@ -34,16 +35,6 @@ class _Opened(NamedTuple):
     created_s: int
     items: AsyncGenerator[Any, None]
     hit: Hit | None = None
-
-
-class Hit(NamedTuple):
-    """An answer that was in memory, and all that it was found by: see `CachedBackend.recall`."""
-
-    key: bytes
-    answer: CachedAnswer
-    model: ModelInfo
-    tenant: str
-    request: Request
 
 
 class CachedBackend:

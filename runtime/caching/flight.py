@@ -12,6 +12,14 @@ from ..errors import DeadlineExceededError, RequestCancelledError
 V = TypeVar("V")
 
 
+def _nothing() -> None:
+    """Nobody is to be told any more."""
+
+
+def _drop(items: list[V]) -> None:
+    """As `_nothing`."""
+
+
 class Flight(Generic[V]):
     """One computation and its readers. Each reader gets every item from the first on, whenever it joins.
 
@@ -103,7 +111,7 @@ class Flight(Generic[V]):
         # Now, and not when it has ended: a task that is cancelled before its first step never comes to say so.
         self.error = RequestCancelledError("the shared computation was cancelled")
         self._done = self.is_abandoned = True
-        self._ended()
+        self._tell_of_end()
         self._task.cancel()
         self._notify()
 
@@ -135,8 +143,14 @@ class Flight(Generic[V]):
             self.error = self.error or error
         finally:
             self._done = True
-            self._ended()
+            self._tell_of_end()
             self._notify()
+
+    def _tell_of_end(self) -> None:
+        self._ended()
+        # Who is told may hold this: request and answer are not to wait for the garbage collector.
+        self._began = self._ended = _nothing
+        self._finished = _drop
 
     def _notify(self) -> None:
         self._changed.set()

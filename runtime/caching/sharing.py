@@ -125,6 +125,7 @@ class Group:
             # Those that nobody waited for bar no other's way.
             self.rivals = [each for each in self.rivals if not each.flight.is_abandoned]
             if self.front() is None:
+                self.rivals = []  # they know their group: nothing is to wait for the garbage collector
                 ended()
 
         rival.flight = Flight(items, lambda: self._won(rival), finished, one_ended)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
-from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -27,7 +26,7 @@ class RemoteGroup:
     def __init__(self, pool: LinkPool) -> None:
         self.pool = pool
         self._computed_s = 0.0
-        self._lanes: WeakKeyDictionary[PooledLink, Lane] = WeakKeyDictionary()
+        self._lanes: dict[PooledLink, Lane] = {}
 
     @property
     def replicas(self) -> int:
@@ -44,7 +43,9 @@ class RemoteGroup:
         link = self.pool.free_link()
         if link is None or not link.client.address.startswith("unix:"):  # one on another machine
             return None
-        if (lane := self._lanes.get(link)) is None or lane.may_be_replaced:
+        if (lane := self._lanes.get(link)) is None:
+            link.companions.append(partial(self._lanes.__delitem__, link))
+        if lane is None or lane.may_be_replaced:
             lane = self._lanes[link] = Lane(link)
         return lane
 

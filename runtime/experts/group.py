@@ -75,8 +75,10 @@ class ExpertGroup:
         return cls(experts, layers, spec.hidden_size)
 
     def use_threads(self, count: int) -> None:
-        """How many threads compute a batch from now on."""
+        """How many threads compute a batch from now on; called on the thread that computes, since OpenMP's count
+        is each thread's own."""
         torch.set_num_threads(count)
+        kernels.use_threads(count)
         if self.lanes is not None:
             self.lanes.use_threads(count)
 

@@ -41,6 +41,7 @@ _MAX_TOKENS = _MAX_LANES = 64
 _READY = b"+"
 # A whole request or answer, twice over as the kernel counts: who sends one must not have to be woken for its rest.
 _SEND_BUFFER_BYTES = 2 * 2**20
+_PAUSE_S = 0.1
 _REST_S = 10.0  # between one lane that failed and the next
 
 
@@ -66,10 +67,13 @@ class LaneServer:
         self._closed = False
 
     def offer(self) -> dict[str, Any]:
-        """Where to connect, and the token to send; empty where no more lanes are to be had."""
+        """Where to connect, and the token to send; or that there are as many lanes as may be. Empty where none are
+        to be had ever again."""
         with self._lock:
-            if self._closed or len(self._lanes) >= _MAX_LANES:
+            if self._closed:
                 return {}
+            if len(self._lanes) >= _MAX_LANES:
+                return {"full": True}
             if self._listener is None:
                 self._listen()
             assert self._listener is not None
@@ -101,8 +105,12 @@ class LaneServer:
         while True:
             try:
                 peer, _ = listener.accept()
-            except OSError:
-                return
+            except OSError as error:
+                if self._closed:
+                    return
+                _log.warning("no lane for now: %s", error)
+                time.sleep(_PAUSE_S)  # out of descriptors, perhaps; others may give some back
+                continue
             admitted = self._admits(peer)
             with self._lock:  # with `close`: a lane is ended by it, or never begins
                 if admitted and not self._closed:
@@ -110,7 +118,13 @@ class LaneServer:
             if peer not in self._lanes:
                 peer.close()
                 continue
-            threading.Thread(target=self._serve, args=(peer,), name="lane", daemon=True).start()
+            try:
+                threading.Thread(target=self._serve, args=(peer,), name="lane", daemon=True).start()
+            except RuntimeError as error:  # no more threads are to be had
+                _log.warning("no lane for now: %s", error)
+                with self._lock:
+                    self._lanes.discard(peer)
+                peer.close()
 
     def _admits(self, peer: socket.socket) -> bool:
         """Whether the peer is of our own user and knows a token, which is used up."""
@@ -185,8 +199,9 @@ class Lane:
         try:
             offer = (await self._link.client.call(METHOD, {}, [], _HANDSHAKE_S)).meta
             if "name" not in offer:
-                self._refused = True
+                self._refused = not offer.get("full")
                 opened.close()
+                self.close()
                 return
             async with asyncio.timeout(_HANDSHAKE_S):
                 await loop.sock_connect(opened, offer["name"])

@@ -138,6 +138,7 @@ class LinkClient:
             return await answer
         finally:
             self.cancel(stream)
+            del answer  # its error holds this frame, and so itself, until the garbage is looked through
 
     async def call_packed(self, method: str, packed: Packed, timeout_s: float) -> Packed:
         """As `call`, with a packed request and answer.
@@ -152,6 +153,7 @@ class LinkClient:
             return await answer
         finally:
             self.cancel(stream)
+            del answer  # as in `call`
 
     def send(self, method: str, packed: Packed, deadline: float, answered: Answered) -> int:
         """Send a packed call at once and return; `answered` is told its answer or error, once, unless the call is

@@ -145,6 +145,7 @@ struct LaneWork {
   int64_t groups;
   const int16_t* group_of;   // [all experts]
   const int32_t* local_of;   // [all experts]
+  int64_t experts;           // how many there are
   int64_t layer, tokens, top_k, hidden, number_bytes;
   const int64_t* expert_ids;  // [tokens, top_k]
   const float* weights;       // [tokens, top_k]
@@ -165,12 +166,15 @@ struct LaneShare {
 };
 
 // Sends all groups their shares, waits for all sums and adds them up in the order of groups. Returns how many tokens
-// the most loaded expert had; or -1 - g when group g failed or was late, and nothing is to be read from `out`.
+// the most loaded expert had; or -1 - g when group g failed or was late, and nothing is to be read from `out`; or 0 for
+// an id that no expert has.
 inline int64_t dispatch_on_lanes(const LaneWork& work) {
   static thread_local Scratch memory;
   if (work.groups > LANE_MAX_GROUPS) return -1;
   LaneShare shares[LANE_MAX_GROUPS];
   const int64_t pairs = work.tokens * work.top_k, row_bytes = work.hidden * work.number_bytes;
+  for (int64_t pair = 0; pair < pairs; ++pair)
+    if (work.expert_ids[pair] < 0 || work.expert_ids[pair] >= work.experts) return 0;
   for (int64_t token = 0; token < work.tokens; ++token) {
     for (int64_t k = 0; k < work.top_k; ++k) ++shares[work.group_of[work.expert_ids[token * work.top_k + k]]].pairs;
   }

@@ -73,19 +73,25 @@ class LaneDispatch:
         self.expert_pairs = np.zeros(len(group_of), np.int64)
         self.group_rows = np.zeros(groups, np.int64)
         self.computed_ns = np.zeros(groups, np.int64)
-        self._fixed = (groups, group_of.ctypes.data, local_of.ctypes.data)
+        self._fixed = (groups, group_of.ctypes.data, local_of.ctypes.data, len(group_of))
         self._counted = tuple(a.ctypes.data for a in (self.expert_pairs, self.group_rows, self.computed_ns))
         self._sockets_at = self._sockets.ctypes.data
         self._sequence = 0
 
-    def takes(self, hidden: Tensor) -> bool:
-        """Whether a lane carries such rows."""
+    def takes(self, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> bool:
+        """Whether a lane carries such rows, ids and weights."""
         return (
             available()
             and hidden.is_cpu
             and hidden.dtype in _NUMBER_BYTES
             and 0 < hidden.nbytes <= MAX_HIDDEN_BYTES
             and hidden.is_contiguous()
+            and expert_ids.dtype is torch.int64
+            and weights.dtype is torch.float32
+            and expert_ids.shape == weights.shape
+            and expert_ids.is_cpu
+            and weights.is_cpu
+            and expert_ids.numel() > 0
         )
 
     def __call__(
@@ -104,6 +110,9 @@ class LaneDispatch:
             sockets: of each group.
             hidden: `[tokens, hidden]` that it `takes`.
             expert_ids, weights: `[tokens, top_k]` int64 and float32.
+
+        Raises:
+            IndexError: an id that no expert has; nothing was sent.
         """
         self._sockets[:] = sockets
         self._sequence += 1
@@ -126,4 +135,6 @@ class LaneDispatch:
             self._sequence,
             *self._counted,
         )
+        if not largest:
+            raise IndexError(f"a routing names experts that are not among the {len(self._group_of)}")
         return (out, largest) if largest > 0 else None

@@ -101,15 +101,21 @@ bool expect(Py_ssize_t found, Py_ssize_t wanted) {
 // Runs a kernel without the interpreter lock.
 template <class Run> PyObject* released(Run run) {
   if (PyErr_Occurred()) return nullptr;
-  bool enough = true;
+  bool enough = true, failed = false;
   Py_BEGIN_ALLOW_THREADS;
   try {
     run();
   } catch (const std::bad_alloc&) {
     enough = false;
+  } catch (...) {  // into the interpreter's frames it must not go
+    failed = true;
   }
   Py_END_ALLOW_THREADS;
   if (!enough) return PyErr_NoMemory();
+  if (failed) {
+    PyErr_SetString(PyExc_RuntimeError, "a kernel failed");
+    return nullptr;
+  }
   Py_RETURN_NONE;
 }
 
@@ -314,10 +320,10 @@ PyObject* serve_lane_on(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return released([&] { serve_lane(socket, table.data(), int64_t(layers), control, chosen->experts); });
 }
 
-// dispatch(sockets, groups, group_of, local_of, layer, tokens, top_k, hidden, number_bytes, expert_ids, weights, states,
-// out, timeout_ns, sequence, expert_pairs, group_rows, computed_ns): see dispatch_on_lanes
+// dispatch(sockets, groups, group_of, local_of, experts, layer, tokens, top_k, hidden, number_bytes, expert_ids,
+// weights, states, out, timeout_ns, sequence, expert_pairs, group_rows, computed_ns): see dispatch_on_lanes
 PyObject* dispatch(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (!expect(count, 18)) return nullptr;
+  if (!expect(count, 19)) return nullptr;
   const LaneWork work{pointer<const int>(args[0]),
                       PyLong_AsLongLong(args[1]),
                       pointer<const int16_t>(args[2]),
@@ -327,15 +333,16 @@ PyObject* dispatch(PyObject*, PyObject* const* args, Py_ssize_t count) {
                       PyLong_AsLongLong(args[6]),
                       PyLong_AsLongLong(args[7]),
                       PyLong_AsLongLong(args[8]),
-                      pointer<const int64_t>(args[9]),
-                      pointer<const float>(args[10]),
-                      pointer<const char>(args[11]),
-                      pointer<float>(args[12]),
-                      PyLong_AsUnsignedLongLong(args[13]),
+                      PyLong_AsLongLong(args[9]),
+                      pointer<const int64_t>(args[10]),
+                      pointer<const float>(args[11]),
+                      pointer<const char>(args[12]),
+                      pointer<float>(args[13]),
                       PyLong_AsUnsignedLongLong(args[14]),
-                      pointer<int64_t>(args[15]),
+                      PyLong_AsUnsignedLongLong(args[15]),
                       pointer<int64_t>(args[16]),
-                      pointer<int64_t>(args[17])};
+                      pointer<int64_t>(args[17]),
+                      pointer<int64_t>(args[18])};
   int64_t largest = 0;
   PyObject* done = released([&] { largest = dispatch_on_lanes(work); });
   if (done == nullptr) return nullptr;

@@ -9,6 +9,7 @@
 #include <atomic>
 #include <climits>
 #include <memory>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -34,7 +35,10 @@ class Pool {
 
   // Runs `body(context, unit)` for every unit below `units`, on this thread and on up to `threads - 1` others.
   void run(int threads, int64_t units, int64_t chunk, void (*body)(void*, int64_t), void* context) {
-    while (int(helpers_.size()) < std::min(threads, MAX_THREADS) - 1) helpers_.emplace_back([this] { help(); });
+    try {
+      while (int(helpers_.size()) < std::min(threads, MAX_THREADS) - 1) helpers_.emplace_back([this] { help(); });
+    } catch (const std::system_error&) {  // no more threads are to be had: those that are there help
+    }
     body_ = body, context_ = context, units_ = units, chunk_ = chunk;
     next_.store(0, std::memory_order_relaxed);
     wanted_.store(threads - 1, std::memory_order_relaxed);

@@ -62,7 +62,7 @@ def gather(states: Sequence[TensorData], dtype: str, buffer: Tensor) -> Tensor:
     for each in states:
         end = start + each.shape[0] * hidden_size * itemsize
         if each.dtype == dtype:
-            plain[start:end] = each.data
+            plain[start:end] = each.flat()
         else:
             first = start // (hidden_size * itemsize)
             hidden[first : first + each.shape[0]] = from_wire(each)
@@ -104,7 +104,7 @@ def split_rows(states: TensorData, most: int) -> list[TensorData]:
     """Pieces of at most `most` rows, over the same memory."""
     rows, hidden_size = states.shape
     row_bytes = hidden_size * DTYPE_BYTES[states.dtype]
-    data = memoryview(states.data)
+    data = memoryview(states.flat())
     return [
         TensorData(states.dtype, (end - start, hidden_size), data[start * row_bytes : end * row_bytes])
         for start, end in ((start, min(start + most, rows)) for start in range(0, rows, most))

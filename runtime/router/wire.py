@@ -35,7 +35,7 @@ def pack_request(request: InferRequest) -> Packed:
         raise InvalidTensorError(f"hidden states have shape {list(states.shape)}; it must be [tokens, hidden]")
     layer = _NO_LAYER if request.layer is None else request.layer
     meta = _REQUEST.pack(_VERSION, _CODES[states.dtype], layer, request.priority, *states.shape)
-    return Packed(meta, (_flat(states),))
+    return Packed(meta, (states.flat(),))
 
 
 def unpack_request(packed: Packed, timeout_s: float) -> InferRequest:
@@ -58,7 +58,7 @@ def unpack_request(packed: Packed, timeout_s: float) -> InferRequest:
 def pack_result(result: InferResult) -> Packed:
     """An answer."""
     output = result.output
-    return Packed(_ANSWER.pack(_VERSION, _CODES[output.dtype], *output.shape), (_flat(output),))
+    return Packed(_ANSWER.pack(_VERSION, _CODES[output.dtype], *output.shape), (output.flat(),))
 
 
 def unpack_result(packed: Packed) -> InferResult:
@@ -84,9 +84,3 @@ def _tensor(packed: Packed, version: int, code: int, tokens: int, hidden_size: i
         raise LinkProtocolError(f"a packed tensor of version {version}, dtype {code} is unknown here")
     (body,) = packed.body
     return TensorData(_DTYPES[code], (tokens, hidden_size), body)
-
-
-def _flat(tensor: TensorData) -> bytes | bytearray | memoryview:
-    """The bytes as links take them: in one dimension."""
-    data = tensor.data
-    return data.cast("B") if isinstance(data, memoryview) and (data.ndim != 1 or data.itemsize != 1) else data

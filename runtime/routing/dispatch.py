@@ -21,7 +21,8 @@ from .strategies import Routing
 _log = logging.getLogger(__name__)
 
 # A replica that takes longer for a small dispatch hangs, or its machine does; links know what to do then.
-_LANE_TIMEOUT_S = 0.5
+_LANE_TIMEOUT_S, _LONGEST_LANE_TIMEOUT_S = 0.5, 5.0
+_FADING = 0.99
 
 
 class GroupBackend(Protocol):
@@ -142,6 +143,7 @@ class Dispatcher:
         self._near = near if len(near) == len(groups) else None
         self._lanes = LaneDispatch(placement.group_of, placement.local_of, len(groups))
         self._over_lanes = 0
+        self._longest_s = 0.0  # that a small dispatch took lately
 
     def parallelism(self) -> int:
         """How many dispatches are computed at once: replicas of the group that has fewest."""
@@ -188,27 +190,36 @@ class Dispatcher:
             partials = await _send_all(self._sending, layer, hidden, plans, deadline)
         waited_s = time.monotonic() - started
         self._waiting_s += waited_s
+        if lanes and self._lanes.takes(hidden, routing.expert_ids, routing.weights):
+            # Perhaps one that a lane was too impatient for.
+            self._longest_s = max(waited_s, _FADING * self._longest_s)
         with torch.inference_mode():
             return Dispatched(combine(plans, partials, hidden), largest, waited_s)
 
+    def _lane_limit_s(self) -> float:
+        """After so long a lane hangs: far above what dispatches took lately, which the size of experts decides."""
+        return min(_LONGEST_LANE_TIMEOUT_S, max(_LANE_TIMEOUT_S, 4 * self._longest_s))
+
     def _run_on_lanes(self, layer: int, hidden: Tensor, routing: Routing, deadline: float) -> Dispatched | None:
         """None where it has to go over links."""
-        if self._near is None or not self._lanes.takes(hidden):
+        if self._near is None or not self._lanes.takes(hidden, routing.expert_ids, routing.weights):
             return None
         lanes = [group.lane() for group in self._near]  # all are asked, so that all open
         open_lanes = [lane for lane in lanes if lane is not None and lane.descriptor is not None]
         sockets = [descriptor for lane in open_lanes if (descriptor := lane.descriptor) is not None]
         started = time.monotonic()
-        timeout_s = min(_LANE_TIMEOUT_S, deadline - started)
-        if len(sockets) < len(lanes) or timeout_s <= 0:
+        limit_s = self._lane_limit_s()
+        # Who has less time than that must not look like a lane that hangs, and end it for all.
+        if len(sockets) < len(lanes) or deadline - started < limit_s:
             return None
-        sums = self._lanes(sockets, layer, hidden, routing.expert_ids, routing.weights, timeout_s)
+        sums = self._lanes(sockets, layer, hidden, routing.expert_ids, routing.weights, limit_s)
         if sums is None:
             _log.warning("a lane failed or was late; its dispatch goes over links")
             for lane in open_lanes:
                 lane.close()
             return None
         waited_s = time.monotonic() - started
+        self._longest_s = max(waited_s, _FADING * self._longest_s)
         self._dispatches += 1
         self._over_lanes += 1
         self._waiting_s += waited_s
