@@ -40,7 +40,9 @@ HAPROXY_FLAGS = {
 _READY_TIMEOUT_S = 60.0
 _POLL_S = 0.02
 _PORTS_EACH = 500
-_INGRESS_PORTS = range(20_000, 32_000, _PORTS_EACH)  # below those that the system gives away
+# Both below those that the system gives to whoever connects: one of these may be taken before it is listened on.
+_FREE_PORTS, _TRIES = range(10_000, 20_000), 100
+_INGRESS_PORTS = range(20_000, 32_000, _PORTS_EACH)
 
 
 def haproxy_is_installed() -> bool:
@@ -107,7 +109,10 @@ def _is_free(port: int) -> bool:
 
 
 def free_port() -> int:
-    """A TCP port on loopback that nobody uses at this moment."""
+    """A TCP port that nobody uses at this moment, or is given by chance."""
+    for port in random.sample(_FREE_PORTS, _TRIES):
+        if _is_free(port):
+            return port
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -332,7 +337,9 @@ def _why_it_failed(error: Exception) -> str:
     for text in said:
         # The innermost error comes last.
         if causes := [line.strip() for line in text.splitlines() if _CAUSE.match(line.strip())]:
-            return causes[-1]
+            # HAProxy's own reason stands below the line that names it.
+            alerts = [line.strip() for line in text.splitlines() if "[ALERT]" in line]
+            return " ".join([causes[-1], *alerts[:3]])
     return str(error)
 
 

@@ -4,6 +4,7 @@
     python load_tests/bench.py --preset tiny            # everything, small; prints the page
     python load_tests/bench.py --out FOLDER             # writes there instead
     python load_tests/bench.py --only NAME [-- ARGS]    # one script, printed, nothing written; may be repeated
+    python load_tests/bench.py --again NAME             # one that failed once more, into the page of that run
 
 Scripts run one after the other, in processes of their own. One that fails is shown with the end of what it said,
 and the others go on; the exit code is 1 then. What is written is written at the end of a whole run, or not at all.
@@ -24,15 +25,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
-from bench_page import Outcome, page
+from bench_page import Outcome, Run, now, page, revision
 from report import DEFAULT_PRESET, progress
 
 FOLDER = Path(__file__).parent
 PAGE, CHARTS = "RESULTS.md", "results"
+_RUN = "run.json"  # beside the charts: the page once more, to be made anew from
 _ERROR_LINES = 30
 _STOP_S = 90.0  # for a script to end its cluster
 
@@ -203,18 +205,46 @@ def run(options: argparse.Namespace, more: Sequence[str]) -> int:
             if not outcome.succeeded:
                 progress(f"{script.name} failed with exit code {outcome.code}")
         if not options.only:
-            text = page(outcomes, options.preset, time.monotonic() - started, FOLDER.parent, CHARTS)
-            _publish(text, Path(made), options)
+            seconds = time.monotonic() - started
+            whole = Run(options.preset, now(), seconds, revision(FOLDER.parent), outcomes)
+            _publish(whole, Path(made), options.out)
     return int(not all(outcome.succeeded for outcome in outcomes))
 
 
-def _publish(text: str, made: Path, options: argparse.Namespace) -> None:
-    target = options.out
-    if target is None and options.preset == DEFAULT_PRESET:
+def run_again(names: Sequence[str], target: Path) -> int:
+    """Run scripts of the last whole run that failed there once more, and put what they give in its page, which
+    says so; the exit code. What succeeded stays as it was: nothing is tried until it pleases."""
+    files = target / CHARTS
+    plain = json.loads((files / _RUN).read_text())
+    whole = Run.from_plain(
+        plain, {each["name"]: _read_facts(files / f"{each['name']}.json") for each in plain["outcomes"]}
+    )
+    failed = {each.name for each in whole.outcomes if not each.succeeded}
+    if others := sorted(set(names) - failed):
+        progress(f"did not fail: {', '.join(others)}")
+        return 2
+    with tempfile.TemporaryDirectory(prefix="pimoe-bench-") as made:
+        shutil.copytree(files, made, dirs_exist_ok=True)
+        for script in (script for script in SCRIPTS if script.name in names):
+            progress(f"{script.name}, again")
+            for ending in ("json", "svg"):  # nothing of the run that failed
+                (Path(made) / f"{script.name}.{ending}").unlink(missing_ok=True)
+            outcome = run_script(script, ["--preset", whole.preset], Path(made))
+            again = f"run again on {now()}, {revision(FOLDER.parent)}, after it failed in its turn"
+            whole = whole.with_again(replace(outcome, again=again))
+        _publish(whole, Path(made), target)
+    return int(not all(outcome.succeeded for outcome in whole.outcomes))
+
+
+def _publish(whole: Run, made: Path, out: str | Path | None) -> None:
+    target = out
+    if target is None and whole.preset == DEFAULT_PRESET:
         target = FOLDER
+    text = page(whole, CHARTS)
     if target is None:
         print(text)  # a small run is no result: it must not replace one
         return
+    (made / _RUN).write_text(json.dumps(whole.to_plain(), indent=1) + "\n")
     write(text, made, Path(target))
     progress(f"written: {Path(target) / PAGE}")
 
@@ -225,6 +255,7 @@ def main(arguments: Sequence[str]) -> int:
     command_line = argparse.ArgumentParser(description="Run the measuring stand and write its results.")
     command_line.add_argument("--preset", choices=["tiny", DEFAULT_PRESET], default=DEFAULT_PRESET)
     command_line.add_argument("--only", action="append", choices=known, help="print this one; may be repeated")
+    command_line.add_argument("--again", action="append", choices=known, help="that failed; may be repeated")
     command_line.add_argument("--out", metavar="FOLDER", help=f"write {PAGE} and {CHARTS}/ there")
     command_line.add_argument("more", nargs="*", metavar="ARGS", help="with --only, after --: for the script")
     options = command_line.parse_args(arguments)
@@ -233,6 +264,8 @@ def main(arguments: Sequence[str]) -> int:
     if options.out and options.only:
         command_line.error("--only writes nothing: leave --out away")
     try:
+        if options.again:
+            return run_again(options.again, Path(options.out or FOLDER))
         return run(options, options.more)
     except KeyboardInterrupt:
         progress("interrupted: nothing is written")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ class Outcome:
         error: the end of its standard error.
         facts: its JSON; empty where it wrote none.
         chart: the file name of its chart, where it drew one.
+        again: when and from what source it was run a second time; empty: it ran in its turn.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Outcome:
     error: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
     chart: str | None = None
+    again: str = ""
 
     @property
     def succeeded(self) -> bool:
@@ -42,19 +44,55 @@ class Outcome:
         return self.code == 0
 
 
-def page(outcomes: Sequence[Outcome], preset: str, seconds: float, repository: Path, charts: str) -> str:
+@dataclass(frozen=True)
+class Run:
+    """One whole run.
+
+    Attributes:
+        ended: when, in UTC.
+        seconds: it took.
+        source: the commit.
+    """
+
+    preset: str
+    ended: str
+    seconds: float
+    source: str
+    outcomes: Sequence[Outcome]
+
+    def with_again(self, outcome: Outcome) -> Run:
+        """The same with another outcome of one script."""
+        outcomes = [outcome if each.name == outcome.name else each for each in self.outcomes]
+        return replace(self, outcomes=outcomes)
+
+    def to_plain(self) -> dict[str, Any]:
+        """For a file, but for the facts, which have files of their own."""
+        return {**asdict(self), "outcomes": [{**asdict(each), "facts": {}} for each in self.outcomes]}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any], facts: Mapping[str, Mapping[str, Any]]) -> Run:
+        """What `to_plain` made, with the facts of each script."""
+        outcomes = [Outcome(**{**each, "facts": facts.get(each["name"], {})}) for each in plain["outcomes"]]
+        return cls(**{**plain, "outcomes": outcomes})
+
+
+def now() -> str:
+    """As the page names it."""
+    return f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def page(run: Run, charts: str) -> str:
     """All of it.
 
     Args:
-        seconds: the whole run took.
-        repository: to be named by its commit.
         charts: where charts lie, relative to the page.
     """
+    outcomes = run.outcomes
     parts = [
         f"<!-- {GENERATED} -->",
         "# Results",
         f"{GENERATED} What is measured, and how, is in [README.md](README.md).",
-        _about(outcomes, preset, seconds, repository),
+        _about(run),
         "## Targets",
         _targets(outcomes),
         "## What ran",
@@ -76,12 +114,12 @@ def _cell(text: str) -> str:
     return " ".join(str(text).split()).replace("|", "\\|")
 
 
-def _about(outcomes: Sequence[Outcome], preset: str, seconds: float, repository: Path) -> str:
+def _about(run: Run) -> str:
+    outcomes = run.outcomes
     machines = [outcome.facts["machine"] for outcome in outcomes if "machine" in outcome.facts]
-    now = datetime.datetime.now(datetime.UTC)
     lines = [
-        f"- Date: {now:%Y-%m-%d %H:%M} UTC; the whole run took {_duration(seconds)}; preset `{preset}`",
-        f"- Source: {revision(repository)}",
+        f"- Date: {run.ended}; the whole run took {_duration(run.seconds)}; preset `{run.preset}`",
+        f"- Source: {run.source}",
     ]
     if machines:
         # One line for all scripts' versions.
@@ -156,7 +194,7 @@ def _runs(outcomes: Sequence[Outcome]) -> str:
             f"[{o.name}](#{o.name})",
             o.question,
             _duration(o.seconds),
-            "" if o.succeeded else f"**failed**, {o.code}",
+            o.again if o.succeeded else f"**failed**, {o.code}",
         ]
         for o in outcomes
     ]
@@ -174,6 +212,8 @@ def _skipped(outcomes: Sequence[Outcome]) -> str:
 
 def _section(outcome: Outcome, charts: str) -> str:
     parts = [f"## {outcome.name}", f"{outcome.question}. Took {_duration(outcome.seconds)}."]
+    if outcome.again:
+        parts.append(f"{outcome.again[0].upper()}{outcome.again[1:]}.")
     if not outcome.succeeded:
         parts += [f"It failed with exit code {outcome.code}; the end of what it said:", _fenced(outcome.error)]
     if outcome.text.strip():

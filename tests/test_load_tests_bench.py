@@ -89,6 +89,27 @@ def test_a_run_replaces_all_of_the_one_before(scripts: Path, bench: Any, tmp_pat
     assert "old" not in (out / "RESULTS.md").read_text()
 
 
+def test_what_failed_is_run_again_into_the_same_page(scripts: Path, bench: Any, tmp_path: Path) -> None:
+    """And says so; what succeeded is not tried until it pleases."""
+    out = tmp_path / "out"
+    assert bench.main(["--preset", "tiny", "--out", str(out)]) == 1
+    before = (out / "RESULTS.md").read_text()
+    assert bench.main(["--again", "good", "--out", str(out)]) == 2
+    assert (out / "RESULTS.md").read_text() == before
+    (scripts / "bad.py").write_text("print('a whole table')")
+    assert bench.main(["--again", "bad", "--out", str(out)]) == 0
+    text = (out / "RESULTS.md").read_text()
+    assert "a whole table" in text
+    assert "half a table" not in text
+    assert text.count("un again on 2") == 2, "where it is listed, and above its tables"
+    assert "all that it promises" not in text
+    assert text.splitlines()[4:6] == before.splitlines()[4:6], "date and source are those of the run"
+    assert "| good | sound | >= 3 | 2 | **missed** |" in text, "facts were read back"
+    assert "![Is it good](results/good.svg)" in text
+    assert (out / "results" / "good.svg").exists()
+    assert bench.main(["--again", "bad", "--out", str(out)]) == 2, "it succeeded"
+
+
 def test_one_script_alone_is_printed_and_nothing_written(
     scripts: Path, bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
