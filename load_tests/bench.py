@@ -107,7 +107,7 @@ def run_script(script: Script, arguments: Sequence[str], folder: Path, scripts: 
         seconds=time.monotonic() - started,
         code=process.returncode,
         text=text,
-        error="\n".join([*said, *ending]),
+        error="\n".join([*said, *ending]).replace(f"{FOLDER.parent}/", ""),  # nobody needs to know where it lies
         facts=_read_facts(facts),
         chart=chart.name if chart.exists() else None,
     )
