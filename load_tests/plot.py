@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
-# Okabe and Ito's palette, which stays apart for the colour-blind, and dashes for print.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-_DASHES = ("", "7 3", "2 3", "9 3 2 3", "5 5", "1 2")
+# Okabe and Ito's palette and a grey, which stay apart for the colour-blind, and dashes for print.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8a8a8a")
+_DASHES = ("", "7 3", "2 3", "9 3 2 3", "5 5", "1 2", "12 3", "4 2 1 2")
 
 _WIDTH, _HEIGHT = 480, 320  # of a panel
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 18, 34, 46  # margins of its axes
