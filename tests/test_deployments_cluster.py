@@ -22,6 +22,8 @@ def test_a_users_own_tuning_wins_and_files_and_ports_are_the_clusters_own(
     monkeypatch.setenv("RAY_worker_niceness", "7")
     monkeypatch.setenv("RAY_SERVE_HAPROXY_SOCKET_PATH", "/another/cluster")
     monkeypatch.setenv(FIRST, "30000")
+    # A cluster that runs in this process has its own there.
+    monkeypatch.delenv("RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S", raising=False)
     flags = serve_flags(str(tmp_path), 60.0)
     assert flags["RAY_worker_niceness"] == "7"
     assert flags["RAY_SERVE_HAPROXY_SOCKET_PATH"] == f"{tmp_path}/admin.sock"
