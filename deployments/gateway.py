@@ -26,7 +26,6 @@ from ..runtime.caching import (
     RedisLimits,
     ResultCache,
     Serving,
-    held_bytes,
 )
 from ..runtime.errors import UnavailableError
 from ..runtime.generation.stopping import StoppingBackend
@@ -126,10 +125,6 @@ class GatewayReplica:
     def recall(self, hits: Sequence[object]) -> bool:
         """See `GatewayContext`."""
         return self._cache.recall(hits)
-
-    def held_bytes(self, hits: Sequence[object]) -> int:
-        """See `GatewayContext`."""
-        return held_bytes(hits)
 
     async def ready(self) -> bool:
         """Whether a router is linked that has links to every group; as of the last discovery, about a second."""

@@ -144,9 +144,6 @@ class FakeGateway:
     known: KnownAnswers | None = None
     reads_clock: bool = False
 
-    def held_bytes(self, hits: Sequence[object]) -> int:
-        return 0
-
     def recall(self, hits: Sequence[object]) -> bool:
         return False
 

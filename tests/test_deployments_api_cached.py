@@ -22,7 +22,6 @@ from pimoe.runtime.caching import (
     RedisLevel,
     RedisLimits,
     ResultCache,
-    held_bytes,
 )
 from pimoe.runtime.generation.stopping import StoppingBackend
 from pimoe.runtime.requests import (
@@ -77,9 +76,6 @@ class CachedGateway(FakeGateway):
 
     def recall(self, hits: Sequence[object]) -> bool:
         return self.cached.recall(hits)
-
-    def held_bytes(self, hits: Sequence[object]) -> int:
-        return held_bytes(hits)
 
     async def infer(self, request: InferRequest, bypass: BypassReason | None) -> InferAnswer:
         return await self.cached.infer(request, bypass)

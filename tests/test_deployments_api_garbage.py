@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from fake_gateway import HIDDEN, MODEL, FakeGateway
 from pimoe.deployments.api import create_app
-from pimoe.runtime.caching import BypassReason, CachedBackend, CacheLimits, ResultCache, held_bytes
+from pimoe.runtime.caching import BypassReason, CachedBackend, CacheLimits, ResultCache
 from pimoe.runtime.errors import DeadlineExceededError, OverloadedError
 from pimoe.runtime.requests import GenerateRequest, InferAnswer, InferRequest, InferResult, TokenChunk
 
@@ -46,9 +46,6 @@ class Gateway(FakeGateway):
 
     def recall(self, hits: Sequence[object]) -> bool:
         return self.cached.recall(hits)
-
-    def held_bytes(self, hits: Sequence[object]) -> int:
-        return held_bytes(hits)
 
 
 async def post(app: Any, body: bytes, headers: dict[bytes, bytes]) -> int:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from starlette.types import Receive, Scope, Send
 
+from ...runtime.caching import held_bytes
 from ...runtime.errors import PimoeError
 from ...runtime.requests import CacheOutcome
 from . import errors
@@ -161,7 +162,7 @@ class Call:
         the request and the hits alone: not from the time of day, or chance."""
         headers = [(b"content-type", content_type), (b"content-length", str(len(body)).encode()), *extra]
         if self.context.known is not None and self._asked is not None:
-            self.context.known.put(self._asked, KnownAnswer([*headers], body, hits, self.context.held_bytes(hits)))
+            self.context.known.put(self._asked, KnownAnswer([*headers], body, hits, held_bytes(hits)))
         await self._start(200, headers)
         await self._send({"type": "http.response.body", "body": body})
 

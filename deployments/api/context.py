@@ -213,10 +213,6 @@ class GatewayContext(Protocol):
         """Whether the cache would give these (`hit` of earlier answers) again; then it has, and counted them."""
         ...
 
-    def held_bytes(self, hits: Sequence[object]) -> int:
-        """How much memory these hits hold, whether or not the cache still does."""
-        ...
-
     async def ready(self) -> bool:
         """Whether every expert group and a router have a live replica."""
         ...
