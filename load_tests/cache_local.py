@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -15,7 +14,7 @@ from pimoe.runtime.caching import CachedBackend, CacheLimits, ResultCache
 from pimoe.runtime.embedded import CHECKPOINT
 from pimoe.runtime.local import LocalRuntime
 from pimoe.runtime.requests import GenerateRequest, InferRequest, ModelInfo, SamplingParams, TensorData
-from report import median_quantile, progress, table
+from report import median_quantile, progress, table, timed
 
 LOOK_UP, HIT, COMPUTED = "look-up", "hit", "computed"
 WAYS = (LOOK_UP, HIT, COMPUTED)
@@ -50,7 +49,7 @@ async def measure_local(rounds: int, calls: int, computed_calls: int) -> list[Lo
         for index in range(rounds):
             progress(f"cache in-process: round {index + 1} of {rounds}")
             for case, call in ways.items():
-                times[case].append(await _times(call, computed_calls if case[1] == COMPUTED else calls))
+                times[case].append(await timed(call, computed_calls if case[1] == COMPUTED else calls))
     return [_local(case, times) for case in ways]
 
 
@@ -95,17 +94,6 @@ def _ways(name: str, ask: Callable[[bool], Awaitable[None]]) -> dict[tuple[str, 
 
     calls: tuple[Call, ...] = (look_up, lambda: ask(False), lambda: ask(True))
     return dict(zip(((name, way) for way in WAYS), calls, strict=True))
-
-
-async def _times(call: Call, calls: int) -> list[float]:
-    for _ in range(max(2, calls // 10)):  # warm-up; the first one stores the answer
-        await call()
-    times = []
-    for _ in range(calls):
-        started = time.perf_counter()
-        await call()
-        times.append(time.perf_counter() - started)
-    return times
 
 
 def _local(case: tuple[str, str], times: dict[tuple[str, str], list[list[float]]]) -> Local:

@@ -33,7 +33,7 @@ from dispatch_echo import (
     without_zmq,
     zmq_echo,
 )
-from dispatch_timing import timed, timed_over_lanes
+from dispatch_timing import timed_over_lanes
 from numpy.typing import NDArray
 from pimoe.deployments.expert_group import ExpertGroupReplica, GroupConfig
 from pimoe.deployments.replica import LinkConfig, make_pool
@@ -52,6 +52,7 @@ from pimoe.runtime.routing.dispatch import Dispatched, Dispatcher, GroupBackend
 from pimoe.runtime.routing.plan import ExpertRows, Placement, contiguous_placement
 from pimoe.runtime.routing.strategies import Routing
 from pimoe.runtime.tensors import torch_dtype
+from report import timed
 from torch import Tensor
 
 IN_PROCESS = "in-process"

@@ -1,27 +1,15 @@
-"""Seconds of dispatches, one after the other; and whether those over lanes really went there."""
+"""Seconds of dispatches over lanes, that really went there."""
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
 
 from pimoe.runtime.routing.dispatch import Dispatcher
+from report import timed, warm_up_calls
 
 _LANES_TIMEOUT_S = 30.0
 _ATTEMPTS = 3
-
-
-async def timed(call: Callable[[], Awaitable[object]], calls: int, warm_up: int | None = None) -> list[float]:
-    """Of each of `calls`, after `warm_up` of which no times are taken (None: a tenth as many)."""
-    for _ in range(_warm_up_calls(calls, warm_up)):
-        await call()
-    times = []
-    for _ in range(calls):
-        started = time.perf_counter()
-        await call()
-        times.append(time.perf_counter() - started)
-    return times
 
 
 async def timed_over_lanes(
@@ -34,7 +22,7 @@ async def timed_over_lanes(
         RuntimeError: that happened each time.
         TimeoutError: no lanes open.
     """
-    wanted = calls + _warm_up_calls(calls, warm_up)
+    wanted = calls + (warm_up_calls(calls) if warm_up is None else warm_up)
     went = []
     for _ in range(_ATTEMPTS):
         await _until_over_lanes(dispatcher, dispatch)
@@ -44,10 +32,6 @@ async def timed_over_lanes(
         if went[-1] == wanted:
             return times
     raise RuntimeError(f"of {wanted} dispatches {went} went over lanes, the others over links")
-
-
-def _warm_up_calls(calls: int, given: int | None) -> int:
-    return max(2, calls // 10) if given is None else given
 
 
 async def _until_over_lanes(dispatcher: Dispatcher, dispatch: Callable[[], Awaitable[object]]) -> None:

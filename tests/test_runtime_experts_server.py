@@ -190,6 +190,7 @@ def test_a_group_describes_itself_in_plain_values() -> None:
     described = ExpertGroupHandler(group).describe()
     assert json.loads(json.dumps(described)) == {
         "experts": [7, 2, 5],
+        "kernels": group.kernels,
         "weights_bytes": group.weights_bytes,
         "statistics": {"batches": 1, "rows": 2, "pairs": 3, "busy_s": group.statistics().busy_s},
     }

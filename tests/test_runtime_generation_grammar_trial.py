@@ -74,6 +74,15 @@ async def test_another_is_compiled_while_one_does_not_end(make: Make) -> None:
         await endless
 
 
+async def test_closing_while_the_process_starts_is_no_failure_of_the_process(make: Make) -> None:
+    compiler = make()
+    started = asyncio.create_task(compiled(compiler, "regex", "a"))
+    await until(lambda: any(not process.ready for process in compiler._trials._busy))
+    compiler.close()
+    with pytest.raises(RequestCancelledError, match="shutting down"):
+        await started
+
+
 async def test_a_refused_grammar_is_refused_again_without_a_look(make: Make) -> None:
     compiler = make(compile_s=0.5)
     first = await refusal(compiler, "json_schema", ENDLESS)

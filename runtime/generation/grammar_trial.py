@@ -67,12 +67,14 @@ class GrammarTrials:
         try:
             process.wait_ready()
             why, sound = process.ask(key, self._config.limits.compile_s)
-        except BaseException:
+        except BaseException as error:
             self._give(process, sound=False)
+            if self._closed and isinstance(error, UnavailableError):
+                raise _closed() from None  # it was killed while it started
             raise
         self._give(process, sound)
         if self._closed:
-            raise RequestCancelledError("the server is shutting down")
+            raise _closed()
         return why
 
     def close(self) -> None:
@@ -88,7 +90,7 @@ class GrammarTrials:
     def _take(self) -> _TrialProcess:
         with self._lock:
             if self._closed:
-                raise RequestCancelledError("the server is shutting down")
+                raise _closed()
             process = self._idle.pop() if self._idle else _TrialProcess(self._config)
             self._busy.add(process)
             return process
@@ -193,6 +195,10 @@ class _TrialProcess:
         line, self._received = self._received.split(b"\n", 1)
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+
+def _closed() -> RequestCancelledError:
+    return RequestCancelledError("the server is shutting down")
 
 
 def _unavailable(why: str) -> UnavailableError:
