@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import time
@@ -45,6 +46,7 @@ from .totals import add_up
 
 _log = logging.getLogger(__name__)
 
+_FIRST_LINK_S = 5.0
 _PAGE_TIMEOUT_S = 2.0  # well below the time that Prometheus gives a scrape
 _FLUSH_ATTEMPTS = 4
 _FLUSH_PAUSE_S = 0.5
@@ -102,6 +104,7 @@ class GatewayReplica:
         self.known = _known_answers(config.cache)
         self._metrics = GatewayMetrics()
         self._live = LiveSettings(config.live)
+        self._joined = False
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Serve after the constructor."""
@@ -215,9 +218,13 @@ class GatewayReplica:
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Live settings: `cache`, as in the application's settings, but for its second level and tenants; see
         `LiveSettings`. Also the moment to start the links: Serve calls it once after the constructor, on the loop
-        that requests run on."""
+        that requests run on. That time it waits a while for a router: a gateway that joins must refuse nothing."""
         self._live.take(user_config, self._change)
         await self._pool.start()
+        if not self._joined:
+            with contextlib.suppress(UnavailableError):  # then every answer says so
+                await self._pool.wait_ready(_FIRST_LINK_S)
+            self._joined = True
         self._prefetcher.start()
         garbage.settle()
 

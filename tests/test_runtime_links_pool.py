@@ -260,8 +260,8 @@ async def test_death_wakes_discovery_and_calls_wait_for_the_successor(cluster: C
         assert set(pool.links) == {"a2"}
 
 
-async def test_calls_wait_for_a_replica_that_appears_later(cluster: Cluster) -> None:
-    async with pooled(cluster) as pool:
+async def test_calls_wait_for_a_replica_that_appears_later_and_discovery_hurries(cluster: Cluster) -> None:
+    async with pooled(cluster, NEVER_S) as pool:
         call = asyncio.create_task(ask(pool))
         ready = asyncio.create_task(pool.wait_ready(TIMEOUT_S))
         await eventually(lambda: cluster.rounds > 2)

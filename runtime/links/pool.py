@@ -29,6 +29,8 @@ _log = logging.getLogger(__name__)
 # A call that kills whoever computes it must not go through all replicas, and again through their successors.
 MAX_LOST_REPLICAS = 4
 
+_ALONE_S = 0.2  # between two rounds while no replica is linked: calls wait for the next
+
 Discover = Callable[[], Awaitable[Sequence[Endpoint]]]
 R = TypeVar("R")
 
@@ -89,7 +91,7 @@ class LinkPool:
     Args:
         name: what the replicas are, for messages.
         discover: returns the live replicas; may fail, and is then asked again.
-        refresh_s: seconds between two rounds of discovery.
+        refresh_s: seconds between two rounds of discovery; at most 0.2 while no replica is linked.
         attempt_timeout_s: after so long without an answer a call is sent to another replica.
     """
 
@@ -112,6 +114,7 @@ class LinkPool:
         self._discover = discover
         self._secret, self._node_id, self._limits, self._ssl = secret, node_id, limits or LinkLimits(), ssl
         self._refresh_s, self._attempt_timeout_s = refresh_s, attempt_timeout_s
+        self._alone_s = min(_ALONE_S, refresh_s)
         self._changed = asyncio.Event()
         self._wake = asyncio.Event()
         self._started = asyncio.Event()
@@ -319,7 +322,7 @@ class LinkPool:
                 # After a death discovery may name the dead for an instant: do not spin on it.
                 await asyncio.sleep(min(0.1, self._refresh_s))
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._refresh_s):
+                async with asyncio.timeout(self._refresh_s if self.links else self._alone_s):
                     await self._wake.wait()
 
     async def _refresh(self) -> None:
