@@ -38,6 +38,10 @@ class TensorData:
         data = self.data
         return data.cast("B") if isinstance(data, memoryview) and (data.ndim != 1 or data.itemsize != 1) else data
 
+    def owned(self) -> TensorData:
+        """The same in memory of its own, to be kept: what came over a link may hold memory that others need."""
+        return self if isinstance(self.data, bytes) else TensorData(self.dtype, self.shape, bytes(self.data))
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:

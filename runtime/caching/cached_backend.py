@@ -26,7 +26,7 @@ from .hits import Hit
 from .key import Serving, generate_key, infer_key
 from .result_cache import EntryTags, ResultCache
 from .second_level import SecondLevel
-from .sharing import Asker, Group, Item, Request, Rival, Watcher, computing, is_whole, item_bytes, replay
+from .sharing import Asker, Group, Item, Request, Rival, Watcher, computing, is_whole, item_bytes, replay, to_keep
 
 
 class _Opened(NamedTuple):
@@ -293,7 +293,7 @@ class CachedBackend:
             return
         if not (items and all(map(is_storable, items)) and is_whole(items[-1])):
             return
-        answer = CachedAnswer(group.response_id, group.created_s, tuple(items))
+        answer = CachedAnswer(group.response_id, group.created_s, tuple(map(to_keep, items)))
         size_bytes = sum(map(item_bytes, items))
         self.cache.put(key, answer, size_bytes, group.tags, group.age_s)
         if self.second is not None and group.ticket is not None and not group.from_second:

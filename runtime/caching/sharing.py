@@ -177,6 +177,11 @@ def item_bytes(item: Item) -> int:
     return _TOKEN_BYTES * max(1, len(item.token_ids)) + _LOGPROB_BYTES * alternatives
 
 
+def to_keep(item: Item) -> Item:
+    """The same, to be held for as long as it is stored."""
+    return InferResult(item.output.owned()) if isinstance(item, InferResult) else item
+
+
 class Watcher(Protocol):
     """Is told what comes and goes; `prefetch.Prefetcher` is one. Neither raises."""
 

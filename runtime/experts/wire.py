@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import InvalidTensorError, LinkProtocolError
 from ..links import Packed
-from ..links.frames import Buffer
+from ..links.messages import Buffer
 from ..routing.plan import ExpertRows
 
 _VERSION = 1

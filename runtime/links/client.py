@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl as tls
 from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
@@ -26,6 +27,7 @@ from .connection import LinkConnection, LinkLimits
 from .frames import Frame, Kind, pack_call
 from .messages import Packed, Reply
 from .pending import Answered, PendingCalls, settle, settle_packed
+from .shared_memory import Offer
 
 _STREAM_IDS = 2**32
 
@@ -50,6 +52,7 @@ class LinkClient:
         self._loop = asyncio.get_running_loop()
         self._nonce = new_nonce()
         self._server_nonce: bytes | None = None
+        self._offer: Offer | None = None
         self._welcomed: asyncio.Future[None] = self._loop.create_future()
         # A link that is lost while `connect` is cancelled leaves nobody to look at the reason.
         self._welcomed.add_done_callback(lambda welcomed: welcomed.cancelled() or welcomed.exception())
@@ -287,7 +290,12 @@ class LinkClient:
             raise LinkProtocolError("the server's greeting has no nonce")
         self._server_nonce = server_nonce
         proof = prove(self._secret, b"client", self._nonce, server_nonce)
-        self._connection.send(Kind.PROOF, 0, {"nonce": self._nonce, "proof": proof})
+        header: dict[str, Any] = {"nonce": self._nonce, "proof": proof}
+        if self._connection.is_local and self._limits.shared_memory_bytes:
+            with contextlib.suppress(OSError):  # the link works without
+                self._offer = Offer(self._limits.shared_memory_bytes)
+                header["memory"] = self._offer.described()
+        self._connection.send(Kind.PROOF, 0, header)
 
     def _welcome(self, frame: Frame) -> None:
         proof = frame.header.get("proof")
@@ -296,12 +304,21 @@ class LinkClient:
             raise LinkAuthenticationError(f"{self.address} did not prove the link secret")
         self.credits = frame.header.get("credits")
         self._connection.lift_limits()
+        if self._offer is not None and frame.header.get("memory"):
+            self._connection.share(self._offer.accepted())
+        self._withdraw_offer()
         if not self._welcomed.done():
             self._welcomed.set_result(None)
+
+    def _withdraw_offer(self) -> None:
+        if self._offer is not None:
+            self._offer.close()
+            self._offer = None
 
     def _lost(self, error: LinkError | None) -> None:
         if self._ping_timer is not None:
             self._ping_timer.cancel()
+        self._withdraw_offer()
         reason: LinkError = error or LinkClosedError(f"the link to {self.address} was closed")
         if not self._welcomed.done():
             if self._server_nonce is not None and (error is None or isinstance(error, LinkClosedError)):

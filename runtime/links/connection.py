@@ -10,11 +10,13 @@ from typing import Any, cast
 
 from ..errors import ConfigurationError, LinkClosedError, LinkError, LinkProtocolError, PayloadTooLargeError
 from ..requests import TensorData
-from .frames import PREFIX, Buffer, Frame, FrameReader, Kind, encode_frame, encode_packed
-from .messages import Packed
+from .frames import PREFIX, Frame, FrameReader, Kind, encode_frame, encode_packed, with_shared_body
+from .messages import Buffer, Packed
+from .shared_memory import Outbox, SharedMemory
 
 _HANDSHAKE_HEADER_BYTES = 4096
 _JOIN_UP_TO_BYTES = 64 * 1024  # copying so little costs less than giving the kernel one buffer more
+_SHARE_FROM_BYTES = 64 * 1024  # below, passing a body through shared memory takes as long as through the socket
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,8 @@ class LinkLimits:
             loop may be busy with it.
         max_stream_items: items of one stream that may wait for their reader; beyond, the stream fails.
         write_buffer_bytes: above this senders wait until the peer has read.
+        shared_memory_bytes: room for large bodies under way on a Unix link, in each direction; beyond, they go
+            through the socket. 0: all do.
     """
 
     max_header_bytes: int = 4 * 2**20
@@ -41,11 +45,12 @@ class LinkLimits:
     ping_interval_s: float = 5.0
     ping_timeout_s: float = 60.0
     write_buffer_bytes: int = 4 * 2**20
+    shared_memory_bytes: int = 64 * 2**20
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
-            if getattr(self, name) <= 0:
-                raise ConfigurationError(f"links.{name} is {getattr(self, name)}; it must be above 0", name)
+            if (value := getattr(self, name)) <= 0 and (name, value) != ("shared_memory_bytes", 0):
+                raise ConfigurationError(f"links.{name} is {value}; it must be above 0", name)
 
 
 class LinkConnection(asyncio.BufferedProtocol):
@@ -76,6 +81,7 @@ class LinkConnection(asyncio.BufferedProtocol):
         self._writable.set()
         self._gone = asyncio.Event()
         self._error: LinkError | None = None
+        self._outbox: Outbox | None = None
         self.closed = False
         self.received = 0  # how often anything at all came in
 
@@ -83,6 +89,16 @@ class LinkConnection(asyncio.BufferedProtocol):
         """The peer is authenticated: accept frames up to the link's limits."""
         self._reader.max_header_bytes = self._limits.max_header_bytes
         self._reader.max_body_bytes = self._limits.max_body_bytes
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the peer is on this machine for certain: the socket is a Unix one."""
+        sock = None if self._transport is None else self._transport.get_extra_info("socket")
+        return sock is not None and sock.family == socket.AF_UNIX
+
+    def share(self, memory: SharedMemory) -> None:
+        """From now on large bodies go through memory that the peer maps too, as far as there is room."""
+        self._outbox, self._reader.inbox = memory
 
     def send(
         self,
@@ -117,7 +133,12 @@ class LinkConnection(asyncio.BufferedProtocol):
         body_bytes = total_bytes - len(buffers[0])
         if header_bytes > self._limits.max_header_bytes or body_bytes > self._limits.max_body_bytes:
             raise PayloadTooLargeError(f"a frame of {header_bytes} + {body_bytes} bytes is over the link's limits")
-        if total_bytes <= _JOIN_UP_TO_BYTES:
+        put = None
+        if self._outbox is not None and body_bytes >= _SHARE_FROM_BYTES:
+            put = self._outbox.put(buffers[1:], body_bytes)
+        if put is not None:
+            transport.write(with_shared_body(buffers[0], *put))
+        elif total_bytes <= _JOIN_UP_TO_BYTES:
             transport.write(b"".join(buffers))
         else:
             transport.writelines(buffers)
@@ -166,6 +187,7 @@ class LinkConnection(asyncio.BufferedProtocol):
         self._writable.set()
         if self._error is None and error is not None:
             self._error = LinkClosedError(f"the link broke: {error}")
+        self._outbox = self._reader.inbox = None
         self._gone.set()
         self._on_closed(self._error)
 

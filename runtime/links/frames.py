@@ -3,13 +3,14 @@
     offset  bytes  field
     0       4      magic "PMOE"
     4       1      version
-    5       1      kind
+    5       1      kind; plus 128: the body lies in shared memory
     6       2      padding bytes at the header's end
     8       4      stream id
     12      4      header length, the padding after the header included
     16      8      body length
     24             header: a msgpack map, then zero padding that aligns the body to 64 bytes
-    ...            body: the raw tensor buffers, each padded to a multiple of 64
+    ...            body: the raw tensor buffers, each padded to a multiple of 64; or its slot (4 bytes) and place
+                   (8 bytes) in memory that both ends map, see `shared_memory.py`
 
 The header's key "t" lists the body's tensors as `[dtype, shape]`; their lengths follow from those. Received
 bodies get memory of their own, so that tensors are views of it and are never copied. Lengths are checked before
@@ -33,7 +34,8 @@ import numpy as np
 
 from ..errors import LinkProtocolError
 from ..requests import DTYPE_BYTES, TensorData
-from .messages import Packed
+from .messages import Buffer, Packed
+from .shared_memory import Inbox
 
 MAGIC = b"PMOE"
 VERSION = 2
@@ -43,8 +45,9 @@ _RECEIVE_BYTES = 64 * 1024
 _MAX_DIMENSIONS = 32  # the product of an endless shape would keep the loop busy
 _ZEROS = [bytes(length) for length in range(ALIGNMENT)]
 _CALL = struct.Struct("<dB")
-
-Buffer = bytes | bytearray | memoryview
+_SHARED = 128  # added to a frame's kind
+_KIND_AT = 5
+_PLACE = struct.Struct("<IQ")
 
 
 class Kind(IntEnum):
@@ -123,6 +126,13 @@ def encode_packed(kind: Kind, stream: int, packed: Packed) -> list[Buffer]:
     padding = _padding(PREFIX.size + len(meta)) if body_bytes else 0
     prefix = PREFIX.pack(MAGIC, VERSION, kind, padding, stream, len(meta) + padding, body_bytes)
     return [prefix + meta + _ZEROS[padding], *body]
+
+
+def with_shared_body(head: Buffer, slot: int, place: int) -> Buffer:
+    """A frame, of which `head` is the first buffer, whose body is in shared memory."""
+    frame = bytearray(head)
+    frame[_KIND_AT] += _SHARED
+    return frame + _PLACE.pack(slot, place)
 
 
 def pack_call(remaining_s: float, method: bytes, meta: bytes) -> bytes:
@@ -209,11 +219,15 @@ class FrameReader:
     Args:
         max_header_bytes, max_body_bytes: longer frames raise before anything is allocated. Both may be raised
             later (a link starts with small limits until its peer is authenticated).
+
+    Attributes:
+        inbox: where bodies in shared memory are; None: there are none.
     """
 
     def __init__(self, max_header_bytes: int, max_body_bytes: int) -> None:
         self.max_header_bytes = max_header_bytes
         self.max_body_bytes = max_body_bytes
+        self.inbox: Inbox | None = None
         self._buffer = bytearray(_RECEIVE_BYTES)
         self._view = memoryview(self._buffer)
         self._filled = 0
@@ -249,16 +263,20 @@ class FrameReader:
         available = self._filled - start
         if self._body is not None or available < PREFIX.size:
             return None
-        kind, stream, padding, header_bytes, body_bytes = self._read_prefix(start)
+        kind, stream, padding, header_bytes, body_bytes, shared = self._read_prefix(start)
         head = PREFIX.size + header_bytes
-        if available < head:
-            self._ensure_room(start, head)
+        needed = head + _PLACE.size if shared else head
+        if available < needed:
+            self._ensure_room(start, needed)
             return None
         plain = self._view[start + PREFIX.size : start + head - padding]
         header = plain.tobytes() if kind in _PACKED else _unpack(plain)
         if not body_bytes:
             frames.append(_frame(kind, stream, header, memoryview(b"")))
-            return start + head
+            return start + needed
+        if shared:
+            frames.append(_frame(kind, stream, header, self._shared_body(start + head, body_bytes)))
+            return start + needed
         body = np.empty(body_bytes, np.uint8).data  # np.empty: memory that is not zeroed first
         present = min(available - head, body_bytes)
         body[:present] = self._view[start + head : start + head + present]
@@ -267,15 +285,22 @@ class FrameReader:
             frames.append(self._finish_body())
         return start + head + present
 
-    def _read_prefix(self, start: int) -> tuple[Kind, int, int, int, int]:
+    def _read_prefix(self, start: int) -> tuple[Kind, int, int, int, int, bool]:
         magic, version, kind, padding, stream, header_bytes, body_bytes = PREFIX.unpack_from(self._view, start)
         if magic != MAGIC or version != VERSION or padding > header_bytes:
             raise LinkProtocolError("peer does not speak this version of the pimoe link protocol")
         if header_bytes > self.max_header_bytes or body_bytes > self.max_body_bytes:
             raise LinkProtocolError(f"frame of {header_bytes} + {body_bytes} bytes is over the link's limits")
-        if kind not in _KINDS:
+        plain_kind = kind & ~_SHARED
+        if plain_kind not in _KINDS:
             raise LinkProtocolError(f"unknown frame kind {kind}")
-        return _KINDS[kind], stream, padding, header_bytes, body_bytes
+        return _KINDS[plain_kind], stream, padding, header_bytes, body_bytes, kind != plain_kind
+
+    def _shared_body(self, at: int, size: int) -> memoryview:
+        if self.inbox is None:
+            raise LinkProtocolError("a frame's body is in shared memory, and there is none")
+        slot, place = _PLACE.unpack_from(self._view, at)
+        return self.inbox.body(slot, place, size)
 
     def _finish_body(self) -> Frame:
         assert self._pending is not None

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from ..requests import TensorData
 
+Buffer = bytes | bytearray | memoryview
+
 
 class Packed(NamedTuple):
     """A call, or its answer, whose layout is its method's own: for what is sent thousands of times a second, and
@@ -20,7 +22,7 @@ class Packed(NamedTuple):
     """
 
     meta: bytes
-    body: Sequence[bytes | bytearray | memoryview] = ()
+    body: Sequence[Buffer] = ()
 
 
 @dataclass(slots=True)

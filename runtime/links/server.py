@@ -26,6 +26,7 @@ from .authentication import new_nonce, prove, verify
 from .connection import LinkConnection, LinkLimits
 from .frames import Frame, Kind, unpack_call
 from .messages import Call, Handler, Packed, Reply
+from .shared_memory import SharedMemory, accept
 
 _log = logging.getLogger(__name__)
 _AT_ONCE = (Reply, Packed)
@@ -198,9 +199,19 @@ class _Peer:
         if self.handshake_timer is not None:
             self.handshake_timer.cancel()
         own_proof = prove(secret, b"server", self.nonce, peer_nonce)
-        self.connection.send(Kind.WELCOME, 0, {"proof": own_proof, "credits": self.server.credits})
+        memory = self._accepted(frame.header.get("memory"))
+        welcome = {"proof": own_proof, "credits": self.server.credits, "memory": memory is not None}
+        self.connection.send(Kind.WELCOME, 0, welcome)
+        if memory is not None:
+            self.connection.share(memory)
         if self.server.draining:
             self.connection.send(Kind.GOAWAY, 0)
+
+    def _accepted(self, offered: object) -> SharedMemory | None:
+        most_bytes = self.server.limits.shared_memory_bytes
+        if offered is None or not most_bytes or not self.connection.is_local:
+            return None
+        return accept(offered, most_bytes)
 
     def _call_of(self, frame: Frame) -> Call:
         packed, header = frame.packed, frame.header
