@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dispatch_cluster import IN_PROCESS, deployed
-from dispatch_echo import ECHO_WAYS, GENERIC, HANDLE, LANE, LINK, TIMEOUT_S, ZMQ, without_zmq
+from dispatch_echo import ECHO_WAYS, GENERIC, HANDLE, LANE, LINK, SOCKET, TIMEOUT_S, ZMQ, without_zmq
 from dispatch_reference import ReferencePreset, measure_reference, reference_table, reference_worse
 from pimoe.runtime.embedded import CHECKPOINT
 from plot import Panel, Series, figure
@@ -26,7 +26,7 @@ from stand import stand, supervised
 GROUPS = 2  # that the embedded model's experts are split into
 EXPERT_WAYS = (IN_PROCESS, LANE, LINK, HANDLE)
 TARGET_BYTES, TARGET_GROUPS, TARGET_RATIO = 2**14, 2, 50
-_FAST = (LANE, LINK, GENERIC, ZMQ, IN_PROCESS)
+_FAST = (LANE, LINK, SOCKET, GENERIC, ZMQ, IN_PROCESS)
 
 
 @dataclass(frozen=True)
@@ -150,10 +150,12 @@ def _echo_table(results: Sequence[Result]) -> str:
     header = ("groups", "bytes each", "link p95 us", *(f"{way} p50 us" for way in ways))
     title = (
         "Bytes to groups at once, and as many back from each (medians of rounds)\n"
-        "link: a packed call, as dispatches use it; generic: a call with a map and described tensors"
+        "link: a packed call, as dispatches use it, large bodies through shared memory; socket: without that;\n"
+        "generic: a call with a map and described tensors"
     )
     header = (*header, *(f"{way} to link" for way in others))
-    return table(title, [name.replace(GENERIC, "generic") for name in header], rows)
+    short = [name.replace(GENERIC, "generic").replace(SOCKET, "socket") for name in header]
+    return table(title, short, rows)
 
 
 def _expert_table(results: Sequence[Result]) -> str:

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from dispatch_echo import (
     HANDLE,
     LANE,
     LINK,
+    SOCKET,
     TIMEOUT_S,
     ZMQ,
     Check,
@@ -146,6 +148,10 @@ class MeasuringRouter:
         self._gate, self._hidden_size, self._dtype = _gate_of(checkpoint)
         self._handles = group_handles
         self._pools = [make_pool(f"group-{i}", handle, links) for i, handle in enumerate(group_handles)]
+        without = replace(links, limits=LinkLimits(shared_memory_bytes=0))
+        self._socket_pools = [
+            make_pool(f"group-{i}", handle, without) for i, handle in enumerate(group_handles if echoes else [])
+        ]
         self._actors = _start_actors(len(group_handles)) if echoes else []
         self._zmq_sockets: list[Any] = []
         self._dispatchers = {
@@ -159,8 +165,9 @@ class MeasuringRouter:
         garbage.settle()  # as the router does
 
     async def _open_links(self) -> None:
-        await asyncio.gather(*(pool.start() for pool in self._pools))
-        await asyncio.gather(*(pool.wait_ready(TIMEOUT_S) for pool in self._pools))
+        pools = [*self._pools, *self._socket_pools]
+        await asyncio.gather(*(pool.start() for pool in pools))
+        await asyncio.gather(*(pool.wait_ready(TIMEOUT_S) for pool in pools))
 
     async def open_zmq(self) -> None:
         """Connect to the groups; before the first echo over ZeroMQ."""
@@ -181,7 +188,8 @@ class MeasuringRouter:
                 return ray_echo((self._handles if way == HANDLE else self._actors)[:groups], array, check)
             if way == ZMQ:
                 return zmq_echo(self._zmq_sockets[:groups], array, check)
-            return (generic_echo if way == GENERIC else link_echo)(self._pools[:groups], array, check)
+            pools = self._socket_pools if way == SOCKET else self._pools
+            return (generic_echo if way == GENERIC else link_echo)(pools[:groups], array, check)
 
         async def measure() -> list[float]:
             await call(same_bytes)
@@ -228,7 +236,7 @@ class MeasuringRouter:
     async def _close(self) -> None:
         for socket in self._zmq_sockets:
             socket.close(linger=0)
-        await asyncio.gather(*(pool.close() for pool in self._pools))
+        await asyncio.gather(*(pool.close() for pool in [*self._pools, *self._socket_pools]))
 
 
 # Putting it together -------------------------------------------------------------------------------------------

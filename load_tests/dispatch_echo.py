@@ -19,7 +19,10 @@ from pimoe.runtime.loop_thread import LoopThread
 from pimoe.runtime.tensors import array_to_wire
 
 LANE = "lane"  # of dispatches only: experts answer there, not bytes
-LINK, GENERIC, ZMQ, ACTOR, HANDLE = ECHO_WAYS = ("link", "link, generic call", "ZeroMQ", "actor", "handle")
+LINK, SOCKET, GENERIC, ZMQ, ACTOR, HANDLE = ECHO_WAYS = (
+    *("link", "link, socket only", "link, generic call"),  # large bodies of the others go through shared memory
+    *("ZeroMQ", "actor", "handle"),
+)
 TIMEOUT_S = 60.0
 # Of the parts of one answer, and what was sent; raises RuntimeError.
 Check = Callable[[Sequence[memoryview], NDArray[np.int32]], None]
