@@ -68,7 +68,6 @@ def serve_flags(folder: str, max_timeout_s: float) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "PIMOE_SOCKET_FOLDER": folder,
-        **_ingress_ports(),
     }
     tuning = {
         "RAY_SERVE_ENABLE_HA_PROXY": "1" if haproxy_is_installed() else "0",
@@ -86,16 +85,34 @@ def serve_flags(folder: str, max_timeout_s: float) -> dict[str, str]:
     return {**{name: os.environ.get(name, value) for name, value in tuning.items()}, **own}
 
 
-def _ingress_ports() -> dict[str, str]:
+class IngressPorts:
     """Where gateways' own servers listen, behind HAProxy. Serve counts from the same port in every cluster, and of
-    two on one machine each would find the other's gateways there."""
-    starts = list(_INGRESS_PORTS)
-    random.shuffle(starts)  # two that start together should not look at the same ones
-    first = next(filter(_is_free, starts), starts[0])
-    return {
-        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + _PORTS_EACH - 1),
-    }
+    two on one machine each would find the other's gateways there: until `release` nobody else takes these."""
+
+    def __init__(self) -> None:
+        starts = list(_INGRESS_PORTS)
+        random.shuffle(starts)
+        self._claim = socket.socket()  # on the last of them; without SO_REUSEADDR no second one can be
+        # Somebody may listen on the first whose cluster was killed, and its claim with it.
+        self.first = next((first for first in starts if _is_free(first) and self._claims(first)), starts[0])
+
+    def _claims(self, first: int) -> bool:
+        try:
+            self._claim.bind(("", first + _PORTS_EACH - 1))
+        except OSError:
+            return False
+        return True
+
+    def flags(self) -> dict[str, str]:
+        """The environment for Serve."""
+        return {
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(self.first),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(self.first + _PORTS_EACH - 2),
+        }
+
+    def release(self) -> None:
+        """Others may take them."""
+        self._claim.close()
 
 
 def _is_free(port: int) -> bool:
@@ -166,6 +183,7 @@ class LocalCluster:
         self.port = port
         self._files = tempfile.TemporaryDirectory(prefix="pimoe-", ignore_cleanup_errors=True)
         self._ray_started = self._serve_started = False
+        self._ingress_ports: IngressPorts | None = None
         self._before: dict[str, str | None] = {}  # what the environment had before `start`
 
     @property
@@ -190,7 +208,9 @@ class LocalCluster:
             PimoeError: a replica did not come up.
         """
         check_port(self.host, self.port)
-        flags = serve_flags(self._files.name, settings.gateway.to_api().max_timeout_s)
+        self._ingress_ports = IngressPorts()
+        timeout_s = settings.gateway.to_api().max_timeout_s
+        flags = {**serve_flags(self._files.name, timeout_s), **self._ingress_ports.flags()}
         self._before = {name: os.environ.get(name) for name in flags}
         os.environ.update(flags)
         if not haproxy_is_installed():
@@ -264,6 +284,8 @@ class LocalCluster:
             else:
                 os.environ[name] = value
         self._before = {}
+        if self._ingress_ports is not None:
+            self._ingress_ports.release()
         self._files.cleanup()
 
     def __enter__(self) -> LocalCluster:

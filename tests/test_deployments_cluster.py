@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from pimoe.deployments import cluster
-from pimoe.deployments.cluster import LocalCluster, free_port, serve_flags
+from pimoe.deployments.cluster import IngressPorts, LocalCluster, free_port, serve_flags
 from pimoe.deployments.plan import plan_table
 from pimoe.deployments.settings import AppSettings
 from pimoe.runtime.errors import PimoeError
@@ -28,17 +28,25 @@ def test_a_users_own_tuning_wins_and_files_and_ports_are_the_clusters_own(
     assert flags["RAY_worker_niceness"] == "7"
     assert flags["RAY_SERVE_HAPROXY_SOCKET_PATH"] == f"{tmp_path}/admin.sock"
     assert flags["RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S"] == "90"
-    assert 20_000 <= int(flags[FIRST]) < int(flags[LAST]) < 32_768
 
 
 def test_gateways_do_not_listen_where_those_of_another_cluster_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "_INGRESS_PORTS", range(23_000, 24_000, 500))
-    with socket.socket() as taken:
+    first, second = 7_000, 7_500  # where no cluster of these tests has its own
+    monkeypatch.setattr(cluster, "_INGRESS_PORTS", range(first, first + 1000, 500))
+    with socket.socket() as taken:  # of one that was killed
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        taken.bind(("", 23_000))
+        taken.bind(("", first))
         taken.listen()
-        assert {serve_flags("", 1.0)[FIRST] for _ in range(20)} == {"23500"}
-    assert {serve_flags("", 1.0)[FIRST] for _ in range(40)} == {"23000", "23500"}
+        for _ in range(20):
+            ports = IngressPorts()
+            assert ports.flags() == {FIRST: "7500", LAST: "7998"}
+            ports.release()
+    # Of two that start at the same time neither listens yet.
+    for _ in range(10):
+        both = [IngressPorts(), IngressPorts()]
+        assert {ports.first for ports in both} == {first, second}
+        for ports in both:
+            ports.release()
 
 
 def test_the_environment_is_as_it_was_after_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
