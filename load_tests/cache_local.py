@@ -14,7 +14,8 @@ from pimoe.runtime.caching import CachedBackend, CacheLimits, ResultCache
 from pimoe.runtime.embedded import CHECKPOINT
 from pimoe.runtime.local import LocalRuntime
 from pimoe.runtime.requests import GenerateRequest, InferRequest, ModelInfo, SamplingParams, TensorData
-from report import median_quantile, progress, table, timed
+from report import median_quantile, progress, table
+from rounds import timed
 
 LOOK_UP, HIT, COMPUTED = "look-up", "hit", "computed"
 WAYS = (LOOK_UP, HIT, COMPUTED)

@@ -57,9 +57,9 @@ from pimoe.runtime.loop_thread import new_event_loop
 from pimoe.runtime.router.limits import RouterLimits
 from random_model import Shape, write_random_model
 from report import cores, parser, progress, publish, target_table
+from rounds import take_turns
 from stand import Stand, stand, supervised
 from switch_engines import Answer
-from switch_measurements import take_turns
 
 _GGUF = {BFLOAT16: "BF16", INT8: "Q8_0"}
 _WARM_UP_TOKENS, _TRIAL_TOKENS = 4, 10

@@ -54,7 +54,7 @@ from pimoe.runtime.routing.dispatch import Dispatched, Dispatcher, GroupBackend
 from pimoe.runtime.routing.plan import ExpertRows, Placement, contiguous_placement
 from pimoe.runtime.routing.strategies import Routing
 from pimoe.runtime.tensors import torch_dtype
-from report import timed
+from rounds import timed
 from torch import Tensor
 
 IN_PROCESS = "in-process"

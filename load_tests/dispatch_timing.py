@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from pimoe.runtime.routing.dispatch import Dispatcher
-from report import timed, warm_up_calls
+from rounds import timed, warm_up_calls
 
 _LANES_TIMEOUT_S = 30.0
 _ATTEMPTS = 3

@@ -24,9 +24,9 @@ from pimoe.runtime.loop_thread import new_event_loop
 from random_model import write_random_model
 from report import machine, machine_line, parser, progress, publish
 from switch_engines import start_runtime
-from switch_measurements import Loaded, Preset, batch_invariance, micro_batches, proofs
 from switch_prompts import budgets, reuse_prefixes
 from switch_results import OFF, ON, Results, summary, tables
+from switch_steps import Loaded, Preset, batch_invariance, micro_batches, proofs
 
 EMBEDDED, WIDE_FLOAT32, WIDE_BFLOAT16 = "embedded", "wide-float32", "wide-bfloat16"
 MODELS = (EMBEDDED, WIDE_FLOAT32, WIDE_BFLOAT16)

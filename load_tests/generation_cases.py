@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from generation import Way
 from generation_results import DECODE, LLAMA, QUIET, TRANSFORMERS, Agreement, Rate
+from rounds import median_ratio
 from switch_engines import Answer, Prompt, decode_rate, prefill_rate, random_prompts
-from switch_measurements import median_ratio
 
 _COMPARED_TOKENS = 24  # of each answer; long ones differ after a while
 

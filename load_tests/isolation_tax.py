@@ -39,8 +39,9 @@ from pimoe.runtime.router.limits import RouterLimits
 from pimoe.runtime.router.router import Router
 from random_model import Shape, write_random_model
 from report import cores, parser, progress, publish, target_table
+from rounds import take_turns
 from switch_engines import Prompt, decode_rate, random_prompts
-from switch_measurements import BLOCK_TOKENS, take_turns
+from switch_steps import BLOCK_TOKENS
 
 _WARM_UP_ROUND = 99
 # Sequences -> tokens of each answer: they take about a second on two cores, alone as well as with 128. Shorter

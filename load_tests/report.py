@@ -9,7 +9,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -88,26 +88,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-# Timing --------------------------------------------------------------------------------------------------------
-
-
-def warm_up_calls(calls: int) -> int:
-    """How many calls warm up for so many that are timed."""
-    return max(2, calls // 10)
-
-
-async def timed(call: Callable[[], Awaitable[object]], calls: int, warm_up: int | None = None) -> list[float]:
-    """Seconds of each of `calls`, one after the other, after `warm_up` untimed ones (None: `warm_up_calls`)."""
-    for _ in range(warm_up_calls(calls) if warm_up is None else warm_up):
-        await call()
-    times = []
-    for _ in range(calls):
-        started = time.perf_counter()
-        await call()
-        times.append(time.perf_counter() - started)
-    return times
 
 
 # Statistics ----------------------------------------------------------------------------------------------------

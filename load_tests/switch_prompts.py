@@ -10,17 +10,16 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 from report import progress, quantile
+from rounds import median_ratio, take_turns
 from switch_engines import Answer, Engine, Prompt, decode_rate, opened, prefill_rate
-from switch_measurements import (
+from switch_results import OFF, ON, Budget, Reuse
+from switch_steps import (
     BLOCK_TOKENS,
     WARM_UP_TOKENS,
     Loaded,
     Preset,
     limits_for,
-    median_ratio,
-    take_turns,
 )
-from switch_results import OFF, ON, Budget, Reuse
 
 _NO_PROMPTS = "no prompts"
 AT_ONCE, ONE_FIRST, NOTHING_SHARED = "shared, at once", "shared, one first", "nothing shared"

@@ -11,12 +11,13 @@ import statistics
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from pimoe.runtime.generation.limits import EngineLimits
 from pimoe.runtime.generation.micro_batches import MicroBatchStatistics
 from pimoe.runtime.local import LocalRuntime
 from report import progress
+from rounds import median_ratio, take_turns
 from switch_engines import (
     Answer,
     DelayedGroup,
@@ -45,7 +46,6 @@ from switch_results import (
     Rate,
 )
 
-T = TypeVar("T")
 BLOCK_TOKENS = 16
 WARM_UP_TOKENS = 4
 _ALTERNATIVES = 4
@@ -111,22 +111,6 @@ def limits_for(sequences: int, tokens: int, **switches: Any) -> EngineLimits:
     blocks = 2 * sequences * (-(-tokens // BLOCK_TOKENS) + 1)
     at_rest = EngineLimits(sequences, kv_blocks=blocks, micro_batches="never", reuse_prefixes=False)
     return replace(at_rest, **switches)
-
-
-async def take_turns(rounds: int, ways: Mapping[str, Callable[[int], Awaitable[T]]]) -> dict[str, list[T]]:
-    """What each way gives in each round, which it is told. Every round begins with another one."""
-    found: dict[str, list[T]] = {way: [] for way in ways}
-    names = list(ways)
-    for index in range(rounds):
-        first = index % len(names)
-        for name in names[first:] + names[:first]:
-            found[name].append(await ways[name](index))
-    return found
-
-
-def median_ratio(values: Sequence[float], base: Sequence[float]) -> float:
-    """Of what was measured in the same round: a machine that gets slower from round to round moves it little."""
-    return statistics.median(value / other for value, other in zip(values, base, strict=True))
 
 
 def _rates(model: str, phase: str, link: str, sequences: int, found: Mapping[str, Sequence[float]]) -> list[Rate]:
