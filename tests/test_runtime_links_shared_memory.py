@@ -176,6 +176,12 @@ def test_places_are_used_again_lowest_first() -> None:
     assert client.outbox.put([bytes(3000)], 3000) == (slot, 1024)
 
 
+def test_bytes_may_be_signed() -> None:
+    client, server = pair()
+    slot, place = client.outbox.put([np.arange(-3, 3, dtype=np.int8).data, bytearray(b"z")], 7) or (0, 0)
+    assert bytes(server.inbox.body(slot, place, 7)) == b"\xfd\xfe\xff\x00\x01\x02z"
+
+
 def test_the_last_view_may_go_on_any_thread() -> None:
     client, server = pair()
     slot, place = client.outbox.put([bytes(LARGE)], LARGE) or (0, 0)

@@ -160,7 +160,7 @@ class Outbox:
         self._marks[slot] = 1
         at = start
         for part in body:
-            self._half[at : at + len(part)] = part
+            self._half[at : at + len(part)] = memoryview(part).cast("B")  # signed bytes may not be assigned
             at += len(part)
         return slot, start
 
