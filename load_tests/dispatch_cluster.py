@@ -148,7 +148,7 @@ class MeasuringRouter:
         self._gate, self._hidden_size, self._dtype = _gate_of(checkpoint)
         self._handles = group_handles
         self._pools = [make_pool(f"group-{i}", handle, links) for i, handle in enumerate(group_handles)]
-        without = replace(links, limits=LinkLimits(shared_memory_bytes=0))
+        without = replace(links, limits=replace(links.limits, shared_memory_bytes=0))
         self._socket_pools = [
             make_pool(f"group-{i}", handle, without) for i, handle in enumerate(group_handles if echoes else [])
         ]

@@ -22,7 +22,7 @@ CacheOutcome = Literal["hit", "miss", "coalesced", "bypass"]
 
 @dataclass(frozen=True, slots=True)
 class TensorData:
-    """A tensor as bytes: C order, little endian. `data` may be any buffer and is never copied by us."""
+    """A tensor as bytes: C order, little endian. `data` may be any buffer; only `owned` copies it."""
 
     dtype: str
     shape: tuple[int, ...]

@@ -13,14 +13,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from itertools import count
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 from pimoe.clients import Client, PimoeClientError
+from pimoe.deployments import gateway
 from pimoe.deployments.app import build
 from pimoe.deployments.cluster import LocalCluster
 from pimoe.deployments.replica import LiveSettings
-from pimoe.runtime.errors import ConfigurationError
+from pimoe.runtime.errors import ConfigurationError, UnavailableError
 from ray import serve
 
 NAME, PREFIX = "live", "/live"
@@ -332,3 +334,30 @@ def test_what_a_section_leaves_out_is_as_the_application_has_it() -> None:
     settings.take({"a": 3}, lambda given: read.append(given["a"]))
     assert settings.refused == "a is 3; it must be a map"
     assert len(read) == 1
+
+
+@pytest.mark.parametrize("linked", [True, False])
+async def test_a_gateway_that_joins_waits_for_a_router_once(linked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve sends it requests when its first settings are in force."""
+    told = []
+
+    class Pool:
+        async def start(self) -> None:
+            told.append("start")
+
+        async def wait_ready(self, timeout_s: float) -> None:
+            told.append("wait")
+            if not linked:
+                raise UnavailableError("router: no live replica")
+
+    monkeypatch.setattr(gateway.garbage, "settle", lambda: None)
+    replica: Any = SimpleNamespace(
+        _live=LiveSettings({}),
+        _change=lambda _: None,
+        _pool=Pool(),
+        _joined=False,
+        _prefetcher=SimpleNamespace(start=lambda: told.append("serve")),
+    )
+    for _ in range(2):
+        await gateway.GatewayReplica.reconfigure(replica, {})
+    assert told == ["start", "wait", "serve", "start", "serve"]

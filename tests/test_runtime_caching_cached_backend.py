@@ -7,6 +7,7 @@ import contextlib
 import gc
 import random
 import time
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,16 @@ import pytest
 from cache_backend import MODEL, Backend, Refused, generation, inference, tokens
 from pimoe.runtime.caching import CachedBackend, CacheLimits, ResultCache
 from pimoe.runtime.errors import DeadlineExceededError, OverloadedError, RequestCancelledError, UnavailableError
-from pimoe.runtime.requests import GenerateAnswer, GenerateRequest, TokenChunk, TokenLogprob
+from pimoe.runtime.requests import (
+    GenerateAnswer,
+    GenerateRequest,
+    InferAnswer,
+    InferRequest,
+    InferResult,
+    TensorData,
+    TokenChunk,
+    TokenLogprob,
+)
 from waiting import eventually, nothing_left_behind, within_patience
 
 __all__ = ["nothing_left_behind"]
@@ -78,6 +88,28 @@ async def test_a_repeated_tensor_request_is_answered_from_the_cache() -> None:
     assert (np.frombuffer(answers[1].result.output.data, np.float32) == 6.0).all()
     assert (await cached.infer(inference("c", 4.0))).outcome == "miss"
     assert len(backend.inferences) == 2
+
+
+async def test_what_is_stored_holds_no_memory_of_the_link_that_it_came_over() -> None:
+    """Whose room for bodies under way it would take for hours."""
+    backend, cached = caching()
+    backend.allow()
+    bodies: list[weakref.ref[Any]] = []
+
+    async def infer(request: InferRequest) -> InferResult:
+        body = np.arange(4, dtype=np.uint8)
+        bodies.append(weakref.ref(body))
+        return InferResult(TensorData("float32", (1, 1), body.data))
+
+    backend.infer = infer  # type: ignore[method-assign]
+    for outcome in ("miss", "hit"):
+        answer: InferAnswer | None = await cached.infer(inference())
+        assert answer is not None
+        assert (answer.outcome, bytes(answer.result.output.data)) == (outcome, bytes(range(4)))
+        answer = None
+        await settle()
+        gc.collect()
+    assert [body() for body in bodies] == [None]
 
 
 async def test_requests_that_differ_share_nothing() -> None:

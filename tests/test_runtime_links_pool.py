@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -278,6 +279,16 @@ async def test_without_a_replica_it_is_unavailable_at_the_deadline(cluster: Clus
         assert raised.value.retry_after_s == 0.02
         with pytest.raises(UnavailableError):
             await pool.wait_ready(TINY_S)
+
+
+async def test_a_round_that_finds_nobody_at_the_deadline_changes_nothing(cluster: Cluster) -> None:
+    async with pooled(cluster, NEVER_S) as pool:
+        ready = asyncio.create_task(pool.wait_ready(TINY_S))
+        await asyncio.sleep(0)
+        time.sleep(2 * TINY_S)  # noqa: ASYNC251 - a loop that is busy until after the deadline
+        pool._notify()
+        with pytest.raises(UnavailableError, match="no live replica"):
+            await ready
 
 
 async def test_a_call_whose_time_is_up_is_not_sent(cluster: Cluster) -> None:

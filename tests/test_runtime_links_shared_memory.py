@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
 import gc
+import math
 import mmap
 import os
 import threading
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import pytest
-from link_peers import linked
-from pimoe.runtime.errors import LinkProtocolError
+import uvloop
+from link_peers import SECRET, Peer, linked, scripted_server, serving
+from pimoe.runtime.errors import LinkAuthenticationError, LinkProtocolError
 from pimoe.runtime.links import Call, LinkClient, LinkLimits, Reply
-from pimoe.runtime.links.frames import FrameReader, Kind, encode_frame, with_shared_body
-from pimoe.runtime.links.shared_memory import Offer, SharedMemory, accept
+from pimoe.runtime.links.frames import Frame, FrameReader, Kind, encode_frame, with_shared_body
+from pimoe.runtime.links.shared_memory import Offer, Outbox, SharedMemory, accept
 from pimoe.runtime.requests import TensorData
 from waiting import eventually, nothing_left_behind
 
 __all__ = ["nothing_left_behind"]
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
+
+
+@pytest.fixture(params=["asyncio", "uvloop"])
+def event_loop_policy(request: pytest.FixtureRequest) -> asyncio.AbstractEventLoopPolicy:
+    return uvloop.EventLoopPolicy() if request.param == "uvloop" else asyncio.DefaultEventLoopPolicy()
+
 
 TIMEOUT_S = 20.0
 LARGE = 300_000
@@ -38,11 +50,11 @@ def echo(call: Call) -> Reply:
 
 def pair(half_bytes: int = HALF) -> tuple[SharedMemory, SharedMemory]:
     """The client's end and the server's."""
-    offer = Offer(half_bytes)
-    server = accept(offer.described(), half_bytes)
+    made = Offer(half_bytes)
+    server = accept(made.described(), half_bytes)
     assert server is not None
-    client = offer.accepted()
-    offer.close()
+    client = made.accepted()
+    made.close()
     return client, server
 
 
@@ -121,14 +133,38 @@ async def test_where_it_cannot_be_the_socket_has_all(transport: Any, client_byte
             await client.close()
 
 
-async def test_no_memory_for_it_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     def none_left(*args: object) -> int:
         raise OSError("too many open files")
 
     monkeypatch.setattr(os, "memfd_create", none_left)
+
+
+def another_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As builds for older systems are."""
+    monkeypatch.delattr(os, "memfd_create")
+
+
+@pytest.mark.parametrize("prepare", [no_descriptors, another_python])
+async def test_no_memory_for_it_is_no_failure(
+    prepare: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(monkeypatch)
     async with linked(echo, "unix") as (_, client):
         assert under_way(client) is None
         await ask(client, large())
+
+
+async def test_more_than_there_can_be_is_no_failure() -> None:
+    async with linked(echo, "unix", limits=LinkLimits(shared_memory_bytes=2**62)) as (_, client):
+        assert under_way(client) is None
+        await ask(client, large())
+
+
+async def test_from_64_kb() -> None:
+    async with linked(echo, "unix") as (_, client):
+        assert is_shared((await ask(client, large(0, 65_536)))[0])
+        assert not is_shared((await ask(client, large(0, 65_468)))[0])  # with its padding 64 bytes less
 
 
 async def test_bodies_outlive_their_link() -> None:
@@ -139,20 +175,50 @@ async def test_bodies_outlive_their_link() -> None:
     assert bytes(answer.data) == large().data
 
 
-async def test_links_leave_no_descriptors() -> None:
-    def opened() -> int:
-        gc.collect()
-        return len(os.listdir("/proc/self/fd"))
+def descriptors() -> int:
+    """Of shared memory."""
+    gc.collect()
+    names = []
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # the listing's own
+            names.append(os.readlink(f"/proc/self/fd/{number}"))
+    return sum("memfd:pimoe-link" in name for name in names)
 
+
+async def test_links_leave_no_descriptors() -> None:
     async with linked(echo, "unix") as (server, _):
-        before = opened()
+        assert descriptors() == 2  # one for each end's mapping
         for _ in range(3):
             client = await LinkClient.connect(server.addresses[0], server.secret)
             await ask(client, large())
+            assert descriptors() == 4
             await client.close()
-        with pytest.raises(Exception, match="secret"):
+            await eventually(lambda: descriptors() == 2)
+        with pytest.raises(LinkAuthenticationError):
             await LinkClient.connect(server.addresses[0], b"another")
-        await eventually(lambda: opened() == before)
+        await eventually(lambda: descriptors() == 2)
+
+
+async def test_connecting_may_be_cancelled_at_any_moment() -> None:
+    async with serving(echo, "unix") as server:
+        for turns in range(60):
+            connecting = asyncio.create_task(LinkClient.connect(server.addresses[0], server.secret))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            connecting.cancel()
+            with suppress(asyncio.CancelledError):
+                await (await connecting).close()
+        await eventually(lambda: descriptors() == 0)
+
+
+async def test_a_server_greets_once() -> None:
+    def greets_again(peer: Peer, frame: Frame) -> None:
+        peer.send(Kind.HELLO, 0, {"nonce": bytes(32)})
+
+    async with scripted_server(greets_again) as (address, _):
+        with pytest.raises(LinkProtocolError, match="its second"):
+            await LinkClient.connect(address, SECRET)
+    await eventually(lambda: descriptors() == 0)
 
 
 # One direction
@@ -180,6 +246,71 @@ def test_bytes_may_be_signed() -> None:
     client, server = pair()
     slot, place = client.outbox.put([np.arange(-3, 3, dtype=np.int8).data, bytearray(b"z")], 7) or (0, 0)
     assert bytes(server.inbox.body(slot, place, 7)) == b"\xfd\xfe\xff\x00\x01\x02z"
+
+
+def test_what_cannot_be_put_takes_no_room() -> None:
+    client, _ = pair(PAGE)
+    with pytest.raises(TypeError):
+        client.outbox.put(["text"], 4)  # type: ignore[list-item]
+    assert client.outbox.put([bytes(PAGE)], PAGE) is not None
+
+
+class ChangingMarks:
+    """Marks of slots, the last of which its reader clears after each look at any."""
+
+    def __init__(self) -> None:
+        self.marks = bytearray(128)
+
+    def __setitem__(self, slot: int, value: int) -> None:
+        self.marks[slot] = value
+
+    def __getitem__(self, slot: int) -> int:
+        value = self.marks[slot]
+        self.marks[127] = 0
+        return value
+
+    def __bytes__(self) -> bytes:
+        seen = bytes(self.marks)
+        self.marks[127] = 0
+        return seen
+
+
+def test_no_slot_is_lost_when_its_reader_drops_it_during_the_look() -> None:
+    outbox = Outbox(ChangingMarks(), memoryview(bytearray(1000)))  # type: ignore[arg-type]
+    for _ in range(300):
+        assert outbox.put([b"x"], 1) is not None
+        outbox._forget_dropped()
+    assert sorted(outbox._free_slots + [slot for *_, slot in outbox._used]) == list(range(128))
+
+
+def test_a_slot_is_forgotten_before_its_sender_may_use_it_again() -> None:
+    client, server = pair()
+    slot, place = client.outbox.put([b"x"], 1) or (0, 0)
+    body = server.inbox.body(slot, place, 1)
+    seen = []
+
+    class Marks:
+        def __setitem__(self, slot: int, value: int) -> None:
+            seen.append((slot, value, slot in server.inbox._read))
+
+    server.inbox._marks = Marks()  # type: ignore[assignment]
+    del body
+    assert seen == [(slot, 0, False)]
+
+
+def test_a_forked_process_gives_nothing_back() -> None:
+    client, server = pair(PAGE)
+    slot, place = client.outbox.put([bytes(PAGE)], PAGE) or (0, 0)
+    body = server.inbox.body(slot, place, PAGE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads, in newer Pythons
+        child = os.fork()
+    if child == 0:
+        del body
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert client.outbox.put([bytes(PAGE)], PAGE) is None
+    assert bytes(body) == bytes(PAGE)
 
 
 def test_the_last_view_may_go_on_any_thread() -> None:
@@ -219,15 +350,43 @@ def test_bodies_that_cannot_be_are_refused(slot: int, place: int, size: int) -> 
 # Offers that are refused
 
 
-def plain_file(described: dict[str, Any]) -> dict[str, Any]:
-    descriptor = os.open("/dev/null", os.O_RDWR)  # left open: its number must stay another's
+def copied(described: dict[str, Any], *seals: int, name: str = "pimoe-link", size: int = 4096 + 2 * HALF) -> Any:
+    """The same header in other memory, left open by its number."""
+    descriptor = os.memfd_create(name, os.MFD_ALLOW_SEALING)
+    os.ftruncate(descriptor, size)
+    os.pwrite(descriptor, os.pread(described["fd"], 64, 0), 0)
+    for seal in seals:
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seal)
     return {**described, "fd": descriptor}
 
 
-def unsealed(described: dict[str, Any]) -> dict[str, Any]:
-    descriptor = os.memfd_create("test", os.MFD_ALLOW_SEALING)
-    os.ftruncate(descriptor, 4096 + 2 * HALF)
-    return {**described, "fd": descriptor}
+SEALS = fcntl.F_SEAL_GROW, fcntl.F_SEAL_SHRINK
+
+
+def plain_file(described: dict[str, Any]) -> Any:
+    return {**described, "fd": os.open("/dev/null", os.O_RDWR)}
+
+
+def another_name(described: dict[str, Any]) -> Any:
+    return copied(described, *SEALS, name="another")
+
+
+def may_shrink(described: dict[str, Any]) -> Any:
+    return copied(described, fcntl.F_SEAL_GROW)
+
+
+def may_grow(described: dict[str, Any]) -> Any:
+    return copied(described, fcntl.F_SEAL_SHRINK)
+
+
+def shorter(described: dict[str, Any]) -> Any:
+    return copied(described, *SEALS, size=4096 + HALF)
+
+
+def other_magic(described: dict[str, Any]) -> Any:
+    made = copied(described, *SEALS)
+    os.pwrite(made["fd"], b"PMOESHM2", 0)
+    return made
 
 
 @pytest.mark.parametrize(
@@ -242,26 +401,41 @@ def unsealed(described: dict[str, Any]) -> dict[str, Any]:
         lambda it: {**it, "fd": None},
         lambda it: {**it, "token": bytes(32)},
         lambda it: {**it, "token": 5},
+        lambda it: {**it, "pid": math.inf},
         plain_file,
-        unsealed,
+        another_name,
+        may_shrink,
+        may_grow,
+        shorter,
+        other_magic,
     ],
 )
 def test_offers_of_something_else_are_not_taken(altered: Callable[[dict[str, Any]], object]) -> None:
-    offer = Offer(HALF)
-    described = altered(offer.described())
+    made = Offer(HALF)
+    described: Any = altered(made.described())
     try:
         assert accept(described, HALF) is None
-        assert accept(offer.described(), HALF) is not None
+        assert accept(made.described(), HALF) is not None
     finally:
-        offer.close()
-        if isinstance(described, dict) and altered in (plain_file, unsealed):
-            os.close(described["fd"])
+        other = described.get("fd") if isinstance(described, dict) else None
+        if other not in (made.described()["fd"], 10**6, None):
+            os.close(other)
+        made.close()
+
+
+def test_the_same_header_in_sealed_memory_would_be_taken() -> None:
+    """So that what the others are refused for is what they lack."""
+    made = Offer(HALF)
+    described = copied(made.described(), *SEALS)
+    assert accept(described, HALF) is not None
+    os.close(described["fd"])
+    made.close()
 
 
 def test_larger_ones_than_agreed_are_not_taken() -> None:
-    offer = Offer(HALF)
-    assert accept(offer.described(), HALF // 2) is None
-    offer.close()
+    made = Offer(HALF)
+    assert accept(made.described(), HALF // 2) is None
+    made.close()
 
 
 # Frames

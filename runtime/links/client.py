@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ssl as tls
 from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
@@ -27,7 +26,7 @@ from .connection import LinkConnection, LinkLimits
 from .frames import Frame, Kind, pack_call
 from .messages import Packed, Reply
 from .pending import Answered, PendingCalls, settle, settle_packed
-from .shared_memory import Offer
+from .shared_memory import Offer, offer
 
 _STREAM_IDS = 2**32
 
@@ -85,6 +84,7 @@ class LinkClient:
                 await client._welcomed
         except BaseException as error:
             client._connection.abort()
+            client._withdraw_offer()  # uvloop does not tell of a connection that was cancelled while it was made
             if isinstance(error, OSError | TimeoutError):
                 reason = str(error) or "no answer within the handshake's time"
                 raise LinkClosedError(f"cannot connect to {address}: {reason}") from error
@@ -286,15 +286,15 @@ class LinkClient:
 
     def _prove(self, frame: Frame) -> None:
         server_nonce = frame.header.get("nonce")
-        if not isinstance(server_nonce, bytes):
-            raise LinkProtocolError("the server's greeting has no nonce")
+        if not isinstance(server_nonce, bytes) or self._server_nonce is not None:
+            raise LinkProtocolError("the server's greeting has no nonce, or is its second")
         self._server_nonce = server_nonce
         proof = prove(self._secret, b"client", self._nonce, server_nonce)
         header: dict[str, Any] = {"nonce": self._nonce, "proof": proof}
         if self._connection.is_local and self._limits.shared_memory_bytes:
-            with contextlib.suppress(OSError):  # the link works without
-                self._offer = Offer(self._limits.shared_memory_bytes)
-                header["memory"] = self._offer.described()
+            self._offer = offer(self._limits.shared_memory_bytes)
+        if self._offer is not None:
+            header["memory"] = self._offer.described()
         self._connection.send(Kind.PROOF, 0, header)
 
     def _welcome(self, frame: Frame) -> None:

@@ -33,7 +33,7 @@ class LinkLimits:
         max_stream_items: items of one stream that may wait for their reader; beyond, the stream fails.
         write_buffer_bytes: above this senders wait until the peer has read.
         shared_memory_bytes: room for large bodies under way on a Unix link, in each direction; beyond, they go
-            through the socket. 0: all do.
+            through the socket. 0: all do. What bodies once filled is kept for others as long as the link lives.
     """
 
     max_header_bytes: int = 4 * 2**20

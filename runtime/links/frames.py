@@ -13,8 +13,8 @@
                    (8 bytes) in memory that both ends map, see `shared_memory.py`
 
 The header's key "t" lists the body's tensors as `[dtype, shape]`; their lengths follow from those. Received
-bodies get memory of their own, so that tensors are views of it and are never copied. Lengths are checked before
-anything is allocated; msgpack extension types are refused, and nothing is ever unpickled.
+bodies get memory of their own, or are in shared memory: tensors are views of it and are never copied. Lengths are
+checked before anything is allocated; msgpack extension types are refused, and nothing is ever unpickled.
 
 A packed frame's header and body are bytes that only its method reads; a packed request's header begins with the
 seconds that remain (a double), the length of the method's name (a byte), and that name.

@@ -17,8 +17,8 @@ class Packed(NamedTuple):
 
     Attributes:
         meta: of a length that the method knows, and with the version of its layout.
-        body: flat buffers of bytes, written one after the other; of one that was received, a single buffer of
-            memory of its own.
+        body: flat buffers of bytes, written one after the other; of one that was received, a single buffer,
+            over memory that is the receiver's as long as it has a view of it.
     """
 
     meta: bytes

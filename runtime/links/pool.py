@@ -120,6 +120,7 @@ class LinkPool:
         self._started = asyncio.Event()
         self._closed = False
         self._connecting: dict[str, asyncio.Task[None]] = {}
+        self._warned: set[str] = set()  # replicas that cannot be linked to
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -297,13 +298,15 @@ class LinkPool:
                 async with asyncio.timeout_at(deadline):
                     await self._changed.wait()
             except TimeoutError:
-                if any(link.usable for link in self.links.values()):
-                    raise DeadlineExceededError(f"{self.name}: no replica was free in time") from None
-                message = f"{self.name}: no live replica"
-                raise UnavailableError(message, retry_after_s=2 * self._refresh_s) from None
-            if loop.time() >= deadline:
-                raise DeadlineExceededError(f"{self.name}: the time ran out")
+                raise self._too_late() from None
+            if loop.time() >= deadline:  # woken, but too late
+                raise self._too_late()
         raise UnavailableError(f"{self.name}: this end is shutting down")
+
+    def _too_late(self) -> PimoeError:
+        if any(link.usable for link in self.links.values()):
+            return DeadlineExceededError(f"{self.name}: no replica was free in time")
+        return UnavailableError(f"{self.name}: no live replica", retry_after_s=2 * self._refresh_s)
 
     def _notify(self) -> None:
         self._changed.set()
@@ -333,6 +336,7 @@ class LinkPool:
             _log.info("%s: discovery failed, asking again: %s", self.name, error)
             return
         self.endpoints = endpoints
+        self._warned &= endpoints.keys()
         for replica_id, link in list(self.links.items()):
             link.named = replica_id in endpoints
             if link.named:
@@ -349,15 +353,21 @@ class LinkPool:
     def _connected(self, replica_id: str, task: asyncio.Task[None]) -> None:
         del self._connecting[replica_id]
 
+    def _warn(self, endpoint: Endpoint, why: str) -> None:
+        """Once: it is tried again several times a second."""
+        level = logging.DEBUG if endpoint.replica_id in self._warned else logging.WARNING
+        self._warned.add(endpoint.replica_id)
+        _log.log(level, "%s: replica %s %s", self.name, endpoint.replica_id, why)
+
     async def _connect(self, endpoint: Endpoint) -> None:
         address = choose_address(endpoint, self._node_id)
         if address is None:
-            _log.warning("%s: replica %s has no address reachable from here", self.name, endpoint.replica_id)
+            self._warn(endpoint, "has no address reachable from here")
             return
         try:
             client = await LinkClient.connect(address, self._secret, self._limits, self._ssl)
         except Exception as error:  # what an odd address leads to is its own replica's matter
-            _log.warning("%s: cannot link to replica %s: %s", self.name, endpoint.replica_id, error)
+            self._warn(endpoint, f"cannot be linked to: {error}")
             return
         link = self.links[endpoint.replica_id] = PooledLink(endpoint, client)
         client.on_closed = lambda: self.forget(link)

@@ -209,9 +209,7 @@ class _Peer:
 
     def _accepted(self, offered: object) -> SharedMemory | None:
         most_bytes = self.server.limits.shared_memory_bytes
-        if offered is None or not most_bytes or not self.connection.is_local:
-            return None
-        return accept(offered, most_bytes)
+        return accept(offered, most_bytes) if offered is not None and most_bytes else None
 
     def _call_of(self, frame: Frame) -> Call:
         packed, header = frame.packed, frame.header

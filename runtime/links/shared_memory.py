@@ -8,16 +8,16 @@ processes that are killed, and its size is sealed: a peer that shrank it could e
     0       8      magic "PMOESHM1"
     8       8      bytes of each half
     16      32     token, so that descriptors of another process namespace are not taken for ours
-    64      2 * n  for each half the marks of its bodies: 1 from when the sender writes one until at the other end
-                   the last view of it is gone
+    64      2*128  for each half a mark for each of 128 slots: 1 from when the sender puts a body there until at
+                   the other end the last view of it is gone
     4096           the client's half, the server's half
 
 Whoever knows the application's secret is trusted with this: a peer could change a body while it is read.
+A process that is forked from one end is not an end.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import logging
 import mmap
@@ -36,12 +36,15 @@ from .messages import Buffer
 
 _log = logging.getLogger(__name__)
 
+_NAME = "pimoe-link"  # in lists of descriptors
 _MAGIC = b"PMOESHM1"
 _HEADER = struct.Struct("<8sQ32s")
 _MARKS_AT = 64
-_SLOTS = 128  # bodies under way in one direction
+_SLOTS = 128  # as many bodies are under way in one direction at most
 _HALVES_AT = 4096
 _ALIGNMENT = 64
+# What systems and Pythons without such memory raise, and wrong sizes and descriptions.
+_FAILURES = (OSError, AttributeError, OverflowError, ValueError, TypeError, KeyError, struct.error)
 
 
 class SharedMemory(NamedTuple):
@@ -52,19 +55,12 @@ class SharedMemory(NamedTuple):
 
 
 class Offer:
-    """Made by a client that connects; `close` it when the server has answered.
-
-    Args:
-        half_bytes: room for bodies under way, in each direction. Memory is used only as far as bodies fill it.
-
-    Raises:
-        OSError: the system has no such memory, or none left.
-    """
+    """What a client that connects has made; `close` it when the server has answered. See `offer`."""
 
     def __init__(self, half_bytes: int) -> None:
         half_bytes += -half_bytes % mmap.PAGESIZE
         self._half_bytes, self._token = half_bytes, secrets.token_bytes(32)
-        self._descriptor = os.memfd_create("pimoe-link", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self._descriptor = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self._descriptor, _HALVES_AT + 2 * half_bytes)
             fcntl.fcntl(self._descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
@@ -89,6 +85,22 @@ class Offer:
             self._descriptor = -1
 
 
+def offer(half_bytes: int) -> Offer | None:
+    """Memory for a link.
+
+    Args:
+        half_bytes: room for bodies under way, in each direction. Memory is used only as far as bodies fill it.
+
+    Returns:
+        None: there is none to be had here; the link works without.
+    """
+    try:
+        return Offer(half_bytes)
+    except _FAILURES as error:
+        _log.info("links go without shared memory: %s", error)
+        return None
+
+
 def accept(described: object, most_bytes: int) -> SharedMemory | None:
     """The server's end of what a client offers.
 
@@ -101,7 +113,7 @@ def accept(described: object, most_bytes: int) -> SharedMemory | None:
     """
     try:
         return _opened(described, most_bytes)
-    except (OSError, ValueError, TypeError, KeyError, struct.error) as error:
+    except _FAILURES as error:
         _log.info("a client's shared memory is not used: %s", error)
         return None
 
@@ -109,6 +121,8 @@ def accept(described: object, most_bytes: int) -> SharedMemory | None:
 def _opened(described: Any, most_bytes: int) -> SharedMemory:
     # The same user's processes may open each other's descriptors this way: proc_pid_fd(5).
     path = f"/proc/{int(described['pid'])}/fd/{int(described['fd'])}"
+    if not os.readlink(path).startswith(f"/memfd:{_NAME}"):  # opening something else might do something
+        raise ValueError("it is another file")
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
         sealed = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
@@ -138,7 +152,12 @@ def _end(memory: mmap.mmap, half_bytes: int, is_client: bool) -> SharedMemory:
 
 
 class Outbox:
-    """Where a sender puts bodies: each at the lowest free place, so that memory that is warm is used again."""
+    """Where a sender puts bodies: each at the lowest free place, so that memory that is warm is used again.
+
+    Args:
+        marks: of the slots; the reader clears them.
+        half: where the bodies lie.
+    """
 
     def __init__(self, marks: memoryview, half: memoryview) -> None:
         self._marks, self._half = marks, half
@@ -156,12 +175,12 @@ class Outbox:
             return None
         index, start = found
         slot = self._free_slots.pop()
-        self._used.insert(index, (start, start + size, slot))
-        self._marks[slot] = 1
         at = start
         for part in body:
             self._half[at : at + len(part)] = memoryview(part).cast("B")  # signed bytes may not be assigned
             at += len(part)
+        self._marks[slot] = 1
+        self._used.insert(index, (start, start + size, slot))
         return slot, start
 
     def _gap(self, size: int) -> tuple[int, int] | None:
@@ -174,8 +193,9 @@ class Outbox:
         return (len(self._used), start) if len(self._half) - start >= size else None
 
     def _forget_dropped(self) -> None:
-        self._free_slots += [slot for _, _, slot in self._used if not self._marks[slot]]
-        self._used = [piece for piece in self._used if self._marks[piece[2]]]
+        marks = bytes(self._marks)  # one look at what the reader changes meanwhile
+        self._free_slots += [slot for _, _, slot in self._used if not marks[slot]]
+        self._used = [piece for piece in self._used if marks[piece[2]]]
 
 
 class Inbox:
@@ -184,6 +204,7 @@ class Inbox:
     def __init__(self, marks: memoryview, memory: mmap.mmap, start: int, half_bytes: int) -> None:
         self._marks, self._memory = marks, memory
         self._start, self._half_bytes = start, half_bytes
+        self._pid = os.getpid()
         self._read: dict[int, weakref.ref[Any]] = {}
 
     def body(self, slot: int, place: int, size: int) -> memoryview:
@@ -201,6 +222,6 @@ class Inbox:
         return array.data
 
     def _dropped(self, slot: int, _: object) -> None:
-        del self._read[slot]
-        with contextlib.suppress(TypeError):  # at the interpreter's end, when nobody is sent anything any more
+        del self._read[slot]  # before the sender may use it again
+        if os.getpid() == self._pid:  # a forked process drops what its parent may still read
             self._marks[slot] = 0
