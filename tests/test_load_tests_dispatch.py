@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "load_tests"
-WAYS = {"link", "link, generic call", "ZeroMQ", "actor", "handle"}
+WAYS = {"link", "link, socket only", "link, generic call", "ZeroMQ", "actor", "handle"}
 SIZES = (2**10, 2**14, 2**17, 2**20, 2**22)
 
 
