@@ -152,6 +152,8 @@ _HAPROXY = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
     "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+    "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
 }
 
 

@@ -28,6 +28,11 @@ def test_a_users_own_tuning_wins_and_files_and_ports_are_the_clusters_own(
     assert flags["RAY_worker_niceness"] == "7"
     assert flags["RAY_SERVE_HAPROXY_SOCKET_PATH"] == f"{tmp_path}/admin.sock"
     assert flags["RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S"] == "90"
+    other = serve_flags(str(tmp_path), 60.0)
+    for name in ("STATS", "METRICS"):
+        assert flags[f"RAY_SERVE_HAPROXY_{name}_PORT"] != other[f"RAY_SERVE_HAPROXY_{name}_PORT"]
+    for name in ("HTTP", "GRPC"):  # or it would answer for this cluster when no gateway does
+        assert flags[f"RAY_SERVE_FALLBACK_PROXY_{name}_PORT"] != other[f"RAY_SERVE_FALLBACK_PROXY_{name}_PORT"]
 
 
 def test_gateways_do_not_listen_where_those_of_another_cluster_do(monkeypatch: pytest.MonkeyPatch) -> None:
