@@ -42,7 +42,7 @@ _POLL_S = 0.02
 _PORTS_EACH = 500
 # Both below those that the system gives to whoever connects: one of these may be taken before it is listened on.
 _FREE_PORTS, _TRIES = range(10_000, 20_000), 100
-_INGRESS_PORTS = range(20_000, 32_000, _PORTS_EACH)
+_CLUSTER_PORTS = range(20_000, 32_000, _PORTS_EACH)
 
 
 def haproxy_is_installed() -> bool:
@@ -65,12 +65,6 @@ def serve_flags(folder: str, max_timeout_s: float) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/metrics.sock",
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
-        # Where HAProxy sends requests while it knows of no gateway. By default Serve's proxies all share one port,
-        # and of two clusters either would answer for the other.
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
-        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
         "PIMOE_SOCKET_FOLDER": folder,
     }
     tuning = {
@@ -89,18 +83,25 @@ def serve_flags(folder: str, max_timeout_s: float) -> dict[str, str]:
     return {**{name: os.environ.get(name, value) for name, value in tuning.items()}, **own}
 
 
-class IngressPorts:
-    """Where gateways' own servers listen, behind HAProxy. Serve counts from the same port in every cluster, and of
-    two on one machine each would find the other's gateways there: until `release` nobody else takes these."""
+class ClusterPorts:
+    """A block of ports for what listens in one cluster, but for the application itself: until `release` no other
+    cluster takes it. Gateways' servers begin at its first, the others are its last.
+
+    Serve counts gateways from the same port in every cluster, and of two on one machine each would find the
+    other's there. While HAProxy knows of no gateway, it sends requests to a proxy of Serve's own; by default those
+    of all clusters share one port, and either would answer for the other.
+    """
 
     def __init__(self) -> None:
-        starts = list(_INGRESS_PORTS)
+        starts = list(_CLUSTER_PORTS)
         random.shuffle(starts)
         self._claim = socket.socket()  # on the last of them; without SO_REUSEADDR no second one can be
-        # Somebody may listen on the first whose cluster was killed, and its claim with it.
-        self.first = next((first for first in starts if _is_free(first) and self._claims(first)), starts[0])
+        # Somebody may listen there whose cluster was killed, and its claim with it.
+        self._first = next((first for first in starts if self._is_ours(first)), starts[0])
 
-    def _claims(self, first: int) -> bool:
+    def _is_ours(self, first: int) -> bool:
+        if not all(map(_is_free, (first, *_single(first).values()))):
+            return False
         try:
             self._claim.bind(("", first + _PORTS_EACH - 1))
         except OSError:
@@ -109,14 +110,21 @@ class IngressPorts:
 
     def flags(self) -> dict[str, str]:
         """The environment for Serve."""
-        return {
-            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(self.first),
-            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(self.first + _PORTS_EACH - 2),
+        ports = {
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": self._first,
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": self._first + _PORTS_EACH - 10,
+            **_single(self._first),
         }
+        return {name: str(port) for name, port in ports.items()}
 
     def release(self) -> None:
         """Others may take them."""
         self._claim.close()
+
+
+def _single(first: int) -> dict[str, int]:
+    names = ("HAPROXY_STATS", "HAPROXY_METRICS", "FALLBACK_PROXY_HTTP", "FALLBACK_PROXY_GRPC")
+    return {f"RAY_SERVE_{name}_PORT": first + _PORTS_EACH - 2 - index for index, name in enumerate(names)}
 
 
 def _is_free(port: int) -> bool:
@@ -187,7 +195,7 @@ class LocalCluster:
         self.port = port
         self._files = tempfile.TemporaryDirectory(prefix="pimoe-", ignore_cleanup_errors=True)
         self._ray_started = self._serve_started = False
-        self._ingress_ports: IngressPorts | None = None
+        self._ports: ClusterPorts | None = None
         self._before: dict[str, str | None] = {}  # what the environment had before `start`
 
     @property
@@ -212,9 +220,9 @@ class LocalCluster:
             PimoeError: a replica did not come up.
         """
         check_port(self.host, self.port)
-        self._ingress_ports = IngressPorts()
+        self._ports = ClusterPorts()
         timeout_s = settings.gateway.to_api().max_timeout_s
-        flags = {**serve_flags(self._files.name, timeout_s), **self._ingress_ports.flags()}
+        flags = {**serve_flags(self._files.name, timeout_s), **self._ports.flags()}
         self._before = {name: os.environ.get(name) for name in flags}
         os.environ.update(flags)
         if not haproxy_is_installed():
@@ -288,8 +296,8 @@ class LocalCluster:
             else:
                 os.environ[name] = value
         self._before = {}
-        if self._ingress_ports is not None:
-            self._ingress_ports.release()
+        if self._ports is not None:
+            self._ports.release()
         self._files.cleanup()
 
     def __enter__(self) -> LocalCluster:

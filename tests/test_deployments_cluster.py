@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from pimoe.deployments import cluster
-from pimoe.deployments.cluster import IngressPorts, LocalCluster, free_port, serve_flags
+from pimoe.deployments.cluster import ClusterPorts, LocalCluster, free_port, serve_flags
 from pimoe.deployments.plan import plan_table
 from pimoe.deployments.settings import AppSettings
 from pimoe.runtime.errors import PimoeError
@@ -16,42 +16,49 @@ from pimoe.runtime.errors import PimoeError
 FIRST, LAST = "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"
 
 
-def test_a_users_own_tuning_wins_and_files_and_ports_are_the_clusters_own(
+def test_a_users_own_tuning_wins_and_files_are_the_clusters_own(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("RAY_worker_niceness", "7")
     monkeypatch.setenv("RAY_SERVE_HAPROXY_SOCKET_PATH", "/another/cluster")
-    monkeypatch.setenv(FIRST, "30000")
     # A cluster that runs in this process has its own there.
     monkeypatch.delenv("RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S", raising=False)
     flags = serve_flags(str(tmp_path), 60.0)
     assert flags["RAY_worker_niceness"] == "7"
     assert flags["RAY_SERVE_HAPROXY_SOCKET_PATH"] == f"{tmp_path}/admin.sock"
     assert flags["RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S"] == "90"
-    other = serve_flags(str(tmp_path), 60.0)
-    for name in ("STATS", "METRICS"):
-        assert flags[f"RAY_SERVE_HAPROXY_{name}_PORT"] != other[f"RAY_SERVE_HAPROXY_{name}_PORT"]
-    for name in ("HTTP", "GRPC"):  # or it would answer for this cluster when no gateway does
-        assert flags[f"RAY_SERVE_FALLBACK_PROXY_{name}_PORT"] != other[f"RAY_SERVE_FALLBACK_PROXY_{name}_PORT"]
 
 
-def test_gateways_do_not_listen_where_those_of_another_cluster_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clusters_do_not_listen_where_another_does(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = 7_000, 7_500  # where no cluster of these tests has its own
-    monkeypatch.setattr(cluster, "_INGRESS_PORTS", range(first, first + 1000, 500))
-    with socket.socket() as taken:  # of one that was killed
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        taken.bind(("", first))
-        taken.listen()
-        for _ in range(20):
-            ports = IngressPorts()
-            assert ports.flags() == {FIRST: "7500", LAST: "7998"}
-            ports.release()
+    monkeypatch.setattr(cluster, "_CLUSTER_PORTS", range(first, first + 1000, 500))
+    for port in (first, first + 498, first + 495):
+        with socket.socket() as taken:  # of one that was killed
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            taken.bind(("", port))
+            taken.listen()
+            for _ in range(20):
+                ports = ClusterPorts()
+                assert ports.flags()[FIRST] == str(second), port
+                ports.release()
     # Of two that start at the same time neither listens yet.
     for _ in range(10):
-        both = [IngressPorts(), IngressPorts()]
-        assert {ports.first for ports in both} == {first, second}
+        both = [ClusterPorts(), ClusterPorts()]
+        assert {ports.flags()[FIRST] for ports in both} == {str(first), str(second)}
         for ports in both:
             ports.release()
+
+
+def test_no_two_parts_of_a_cluster_listen_on_one_port() -> None:
+    ports = ClusterPorts()
+    numbers = {name: int(port) for name, port in ports.flags().items()}
+    ports.release()
+    gateways = range(numbers.pop(FIRST), numbers.pop(LAST) + 1)
+    assert len(gateways) > 400
+    single = list(numbers.values())
+    assert len({*single}) == 4
+    assert not {*single} & {*gateways}
+    assert all(gateways[0] // 500 == port // 500 for port in single)
 
 
 def test_the_environment_is_as_it_was_after_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
