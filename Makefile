@@ -98,11 +98,12 @@ wrk:
 	  { [ "$$(id -u)" = 0 ] && { apt-get update -qq && apt-get install -y -qq wrk; } > /dev/null 2>&1; } || \
 	  echo "wrk is not installed and could not be (Debian: apt-get install wrk): the closed loop will be our own"
 
+# Without the test of packaging that installs, which takes a minute: `make test` has it.
 check: install .types/pimoe  ## Lint, types and layers
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@MYPYPATH=.types $(BIN)/mypy $(addprefix .types/pimoe/,$(PACKAGES))
-	@$(BIN)/python -m pytest -q tests/test_layers.py tests/test_packaging.py -k 'not installs'  # which takes a minute
+	@$(BIN)/python -m pytest -q tests/test_layers.py tests/test_packaging.py -k 'not installs'
 
 # mypy reads the packages under their import names through this link; given as files, since `-p` would find the
 # installed copy instead.

@@ -100,7 +100,7 @@ class ClusterPorts:
         self._first = next((first for first in starts if self._is_ours(first)), starts[0])
 
     def _is_ours(self, first: int) -> bool:
-        if not all(map(_is_free, (first, *_single(first).values()))):
+        if not all(map(_is_free, (first, *_other_ports(first).values()))):
             return False
         try:
             self._claim.bind(("", first + _PORTS_EACH - 1))
@@ -112,17 +112,17 @@ class ClusterPorts:
         """The environment for Serve."""
         ports = {
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": self._first,
-            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": self._first + _PORTS_EACH - 10,
-            **_single(self._first),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": self._first + _PORTS_EACH - 10,  # below the others
+            **_other_ports(self._first),
         }
         return {name: str(port) for name, port in ports.items()}
 
     def release(self) -> None:
-        """Others may take them."""
+        """Another cluster may take them."""
         self._claim.close()
 
 
-def _single(first: int) -> dict[str, int]:
+def _other_ports(first: int) -> dict[str, int]:
     names = ("HAPROXY_STATS", "HAPROXY_METRICS", "FALLBACK_PROXY_HTTP", "FALLBACK_PROXY_GRPC")
     return {f"RAY_SERVE_{name}_PORT": first + _PORTS_EACH - 2 - index for index, name in enumerate(names)}
 

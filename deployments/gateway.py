@@ -28,7 +28,7 @@ from ..runtime.caching import (
     ResultCache,
     Serving,
 )
-from ..runtime.errors import DeadlineExceededError, UnavailableError
+from ..runtime.errors import UnavailableError
 from ..runtime.generation.stopping import StoppingBackend
 from ..runtime.model.tokenizer import Tokenizer
 from ..runtime.requests import GenerateAnswer, GenerateRequest, InferAnswer, InferRequest, ModelInfo
@@ -222,7 +222,7 @@ class GatewayReplica:
         self._live.take(user_config, self._change)
         await self._pool.start()
         if not self._joined:
-            with contextlib.suppress(UnavailableError, DeadlineExceededError):  # then every answer says so
+            with contextlib.suppress(UnavailableError):  # then every answer says so
                 await self._pool.wait_ready(_FIRST_LINK_S)
             self._joined = True
         self._prefetcher.start()

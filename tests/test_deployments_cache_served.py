@@ -32,20 +32,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
 
 @pytest.fixture(scope="module")
 def url(application: LocalCluster, server: RedisServer) -> Iterator[str]:
-    serve.run(two_gateways(server), name=NAME, route_prefix=PREFIX)
-    with Client(f"{application.url}{PREFIX}") as client:
-        # Gateways take turns.
-        wait_until(lambda: all(client.health().ready for _ in range(4)))
-    yield f"{application.url}{PREFIX}"
-    serve.delete(NAME)
-
-
-def two_gateways(server: RedisServer) -> serve.Application:
     share = {"num_cpus": 0.1}
     second = {"url": server.url, "encryption_key": KEY, "lookup_timeout_s": 5.0}
     gateway = {**share, "num_replicas": 2, "cache": {"second_level": second, "prefetch": {"enabled": True}}}
     settings = {"group_defaults": share, "router": share, "gateway": gateway, "links": {"transport": "unix"}}
-    return build({**settings, "groups": 1})
+    serve.run(build({**settings, "groups": 1}), name=NAME, route_prefix=PREFIX)
+    with Client(f"{application.url}{PREFIX}") as client:
+        wait_until(lambda: all(client.health().ready for _ in range(4)))  # gateways take turns
+    yield f"{application.url}{PREFIX}"
+    serve.delete(NAME)
 
 
 def wait_until(condition: Callable[[], Any]) -> None:

@@ -114,7 +114,6 @@ class LinkPool:
         self._discover = discover
         self._secret, self._node_id, self._limits, self._ssl = secret, node_id, limits or LinkLimits(), ssl
         self._refresh_s, self._attempt_timeout_s = refresh_s, attempt_timeout_s
-        self._alone_s = min(_ALONE_S, refresh_s)
         self._changed = asyncio.Event()
         self._wake = asyncio.Event()
         self._started = asyncio.Event()
@@ -325,7 +324,7 @@ class LinkPool:
                 # After a death discovery may name the dead for an instant: do not spin on it.
                 await asyncio.sleep(min(0.1, self._refresh_s))
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._refresh_s if self.links else self._alone_s):
+                async with asyncio.timeout(self._refresh_s if self.links else min(_ALONE_S, self._refresh_s)):
                     await self._wake.wait()
 
     async def _refresh(self) -> None:
